@@ -1,0 +1,17 @@
+// The CPU kernels for processors with AVX2, FMA and F16C: vectors of 32 bytes.
+#include "instruction_sets.h"
+#if VAE_FAST_X86_BUILDS
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// In the source, not on the command line: every build system then compiles it alike. To the end of the file, because
+// templates are instantiated there; the standard headers stand above, outside of it.
+#pragma GCC target("avx2,fma,f16c")
+
+#define VAE_FAST_CAPABILITY avx2
+#define VAE_FAST_VECTOR_BYTES 32
+#include "kernels.inl"
+#endif

@@ -1,0 +1,11 @@
+// The CPU kernels for any processor: vectors of 16 bytes.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define VAE_FAST_CAPABILITY plain
+#define VAE_FAST_VECTOR_BYTES 16
+#include "kernels.inl"

@@ -1,0 +1,249 @@
+// A vector of floats as wide as the instruction set at hand (VAE_FAST_VECTOR_BYTES), the Math<V> of it, and loads and
+// stores of every element type. Compiled once per instruction set: see kernels.inl.
+#pragma once
+
+#include "../kernels.h"
+#include "../math/math.h"
+
+namespace vae_fast {
+namespace cpu {
+namespace VAE_FAST_CAPABILITY {
+
+constexpr int kLanes = VAE_FAST_VECTOR_BYTES / 4;
+typedef float VF __attribute__((vector_size(VAE_FAST_VECTOR_BYTES)));
+typedef int32_t VI __attribute__((vector_size(VAE_FAST_VECTOR_BYTES)));
+typedef uint32_t VU __attribute__((vector_size(VAE_FAST_VECTOR_BYTES)));
+typedef uint64_t VU64 __attribute__((vector_size(VAE_FAST_VECTOR_BYTES)));
+typedef uint16_t VU16 __attribute__((vector_size(VAE_FAST_VECTOR_BYTES / 2)));
+typedef uint8_t VU8 __attribute__((vector_size(VAE_FAST_VECTOR_BYTES / 4)));
+
+}  // namespace VAE_FAST_CAPABILITY
+}  // namespace cpu
+
+template <>
+struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
+  using V = cpu::VAE_FAST_CAPABILITY::VF;
+  using Scalar = float;
+  using Int = cpu::VAE_FAST_CAPABILITY::VI;
+  using Uint = cpu::VAE_FAST_CAPABILITY::VU;
+  using U64 = cpu::VAE_FAST_CAPABILITY::VU64;
+
+  static VAE_FAST_INLINE V fma(V a, V b, V c) { return a * b + c; }  // one instruction where the set has it
+  static VAE_FAST_INLINE V from_bits(Uint u) { return (V)u; }
+  static VAE_FAST_INLINE Uint bits(V a) { return (Uint)a; }
+  static VAE_FAST_INLINE V abs(V a) { return from_bits(bits(a) & 0x7FFFFFFFu); }
+  static VAE_FAST_INLINE V from_int(Int i) { return __builtin_convertvector(i, V); }
+  // Correctly rounded, as the GPU's conversion is: both halves are exact, their sum rounds once.
+  static VAE_FAST_INLINE V from_uint(Uint u) {
+    return from_int((Int)(u >> 16)) * 65536.0f + from_int((Int)(u & 0xFFFFu));
+  }
+  static VAE_FAST_INLINE V sqrt(V a) {
+#if VAE_FAST_VECTOR_BYTES == 64
+    return (V)_mm512_sqrt_ps((__m512)a);
+#elif VAE_FAST_VECTOR_BYTES == 32
+    return (V)_mm256_sqrt_ps((__m256)a);
+#elif defined(__SSE2__)
+    return (V)_mm_sqrt_ps((__m128)a);
+#else
+    V out;
+    for (int i = 0; i < cpu::VAE_FAST_CAPABILITY::kLanes; ++i) out[i] = ::sqrtf(a[i]);
+    return out;
+#endif
+  }
+
+  // a = n ln 2 + r with |r| <= ln(2)/2; |n| stays small enough for exact products with the split ln 2
+  static VAE_FAST_INLINE V reduce(V a, Int& n) {
+    V shifted = a * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    V rounded = shifted - 12582912.0f;
+    n = (Int)bits(shifted) - 0x4B400000;
+    V r = fma(rounded, constant<V>(-0.693359375), a);
+    return fma(rounded, constant<V>(2.12194440e-4), r);
+  }
+  static VAE_FAST_INLINE V power_of_two(Int n) { return from_bits((Uint)((n + 127) << 23)); }
+
+  // The clamps keep NaN, which then passes through the polynomial whatever its n is.
+  static VAE_FAST_INLINE V clamp(V a, float low, float high) {
+    V clamped = a < low ? V{} + low : a;
+    return clamped > high ? V{} + high : clamped;
+  }
+
+  static VAE_FAST_INLINE V exp(V a) {
+    Int n;
+    V p = expm1_reduced(reduce(clamp(a, -104.0f, 89.0f), n)) + 1.0f;
+    Int half = n >> 1;  // two factors: 2^n itself may be out of range where the result, a denormal perhaps, is not
+    return p * power_of_two(half) * power_of_two(n - half);
+  }
+  static VAE_FAST_INLINE V expm1(V a) {
+    Int n;
+    V p = expm1_reduced(reduce(clamp(a, -30.0f, 89.0f), n));
+    Int half = n >> 1;
+    V inverse = n > 64 ? V{} : power_of_two(-n);
+    return (p + (1.0f - inverse)) * power_of_two(half) * power_of_two(n - half);
+  }
+  static VAE_FAST_INLINE V log1p(V t) { return log1p_polynomial(t); }
+
+  // the 64-bit product of every lane with m, even and odd lanes apart: high and low words
+  static VAE_FAST_INLINE void mulhilo(Uint a, uint32_t m, Uint& hi, Uint& lo) {
+#if VAE_FAST_VECTOR_BYTES == 64
+    U64 even = (U64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32((int)m));
+    U64 odd = (U64)_mm512_mul_epu32((__m512i)((U64)a >> 32), _mm512_set1_epi32((int)m));
+#elif VAE_FAST_VECTOR_BYTES == 32
+    U64 even = (U64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)m));
+    U64 odd = (U64)_mm256_mul_epu32((__m256i)((U64)a >> 32), _mm256_set1_epi32((int)m));
+#elif defined(__SSE2__)
+    U64 even = (U64)_mm_mul_epu32((__m128i)a, _mm_set1_epi32((int)m));
+    U64 odd = (U64)_mm_mul_epu32((__m128i)((U64)a >> 32), _mm_set1_epi32((int)m));
+#else
+    U64 even = ((U64)a & 0xFFFFFFFFull) * m;
+    U64 odd = ((U64)a >> 32) * m;
+#endif
+    hi = (Uint)((even >> 32) | (odd & 0xFFFFFFFF00000000ull));
+    lo = (Uint)((even & 0xFFFFFFFFull) | (odd << 32));
+  }
+};
+
+namespace cpu {
+namespace VAE_FAST_CAPABILITY {
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+VAE_FAST_INLINE VF to_floats(const float* p) {
+  VF v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+VAE_FAST_INLINE VF to_floats(const uint8_t* p) {
+  VU8 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(__builtin_convertvector(v, VI), VF);
+}
+
+VAE_FAST_INLINE VF to_floats(const BF16* p) {
+  VU16 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return (VF)(__builtin_convertvector(v, VU) << 16);
+}
+
+VAE_FAST_INLINE VF to_floats(const F16* p) {
+  VU16 v;
+  __builtin_memcpy(&v, p, sizeof v);
+#if VAE_FAST_VECTOR_BYTES == 64
+  return (VF)_mm512_cvtph_ps((__m256i)v);
+#elif VAE_FAST_VECTOR_BYTES == 32
+  return (VF)_mm256_cvtph_ps((__m128i)v);
+#else
+  VU h = __builtin_convertvector(v, VU);
+  VU sign = (h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
+  // Exponent and fraction moved into place, then scaled by 2^112: also right for denormals. inf and NaN apart.
+  VU finite = (VU)((VF)(magnitude << 13) * 5.192296858534828e33f);
+  VU special = (magnitude << 13) | 0x7F800000u;
+  return (VF)((magnitude >= 0x7C00u ? special : finite) | sign);
+#endif
+}
+
+VAE_FAST_INLINE void from_floats(float* p, VF v) { __builtin_memcpy(p, &v, sizeof v); }
+
+VAE_FAST_INLINE void from_floats(BF16* p, VF v) {
+  VU u = (VU)v;
+  VU rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  VU nan = (u >> 16) | 0x40u;
+  VU16 out = __builtin_convertvector(v != v ? nan : rounded, VU16);
+  __builtin_memcpy(p, &out, sizeof out);
+}
+
+VAE_FAST_INLINE void from_floats(F16* p, VF v) {
+#if VAE_FAST_VECTOR_BYTES == 64
+  VU16 out = (VU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif VAE_FAST_VECTOR_BYTES == 32
+  VU16 out = (VU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  VU u = (VU)v, sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
+  VU normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14: adding 1/2 leaves the denormal, rounded to nearest even, in the low bits.
+  VU denormal = (VU)((VF)magnitude + 0.5f) - 0x3F000000u;
+  VU finite = magnitude < 0x38800000u ? denormal : normal;
+  VU special = magnitude > 0x7F800000u ? VU{} + 0x7E00u : VU{} + 0x7C00u;
+  VU16 out = __builtin_convertvector((magnitude >= 0x477FF000u ? special : finite) | sign, VU16);
+#endif
+  __builtin_memcpy(p, &out, sizeof out);
+}
+
+// Arithmetic on elements of type T happens in Compute<T>: double for double, a vector of floats otherwise.
+template <class T>
+struct ComputeOf {
+  using Vector = VF;
+  using Scalar = float;
+  static constexpr int lanes = kLanes;
+};
+template <>
+struct ComputeOf<double> {
+  using Vector = double;
+  using Scalar = double;
+  static constexpr int lanes = 1;
+};
+template <class T>
+using Vector = typename ComputeOf<T>::Vector;
+template <class T>
+using Scalar = typename ComputeOf<T>::Scalar;
+
+// The first n <= lanes elements at p, the rest zero.
+template <class V>
+struct Memory;
+
+template <>
+struct Memory<VF> {
+  static constexpr int lanes = kLanes;
+  template <class T>
+  static VAE_FAST_INLINE VF load(const T* p, int64_t n) {
+    if (n >= kLanes) return to_floats(p);
+    T part[kLanes] = {};
+    __builtin_memcpy(part, p, sizeof(T) * static_cast<size_t>(n));
+    return to_floats(part);
+  }
+  template <class T>
+  static VAE_FAST_INLINE void store(T* p, VF v, int64_t n) {
+    if (n >= kLanes) return from_floats(p, v);
+    T part[kLanes];
+    from_floats(part, v);
+    __builtin_memcpy(p, part, sizeof(T) * static_cast<size_t>(n));
+  }
+  template <class T>
+  static VAE_FAST_INLINE VF broadcast(const T* p) {
+    return VF{} + load(p, 1)[0];
+  }
+  // v in the first n lanes, zero in the rest
+  static VAE_FAST_INLINE VF keep(VF v, int64_t n) {
+    if (n >= kLanes) return v;
+    VF out = {};
+    for (int i = 0; i < static_cast<int>(n); ++i) out[i] = v[i];
+    return out;
+  }
+  static VAE_FAST_INLINE double sum(VF v) {
+    double total = 0;
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+  }
+};
+
+template <>
+struct Memory<double> {
+  static constexpr int lanes = 1;
+  template <class T>
+  static VAE_FAST_INLINE double load(const T* p, int64_t) {
+    return static_cast<double>(*p);
+  }
+  static VAE_FAST_INLINE double broadcast(const double* p) { return *p; }
+  static VAE_FAST_INLINE void store(double* p, double v, int64_t) { *p = v; }
+  static VAE_FAST_INLINE double keep(double v, int64_t) { return v; }
+  static VAE_FAST_INLINE double sum(double v) { return v; }
+};
+
+}  // namespace VAE_FAST_CAPABILITY
+}  // namespace cpu
+}  // namespace vae_fast

@@ -1,0 +1,159 @@
+// The one kernel of all operators: walk the rows of a [rows, cols] tensor, and where the operator sums over a row, add up
+// what its threads found. An operator says what it reads, does and writes:
+//
+//   struct Op {
+//     using Element;                              // the type of its tensors
+//     static constexpr bool kVector;              // every row starts on a chunk boundary: see vec.cuh
+//     static constexpr int kSums;                 // sums over a row that it wants, in Real<Element>; 0 for a map
+//     Row row(int64_t r) const;                   // pointers to row r and its constants
+//     Input load(row, int64_t col, int n) const;  // what it needs of the n elements from col on, still unused
+//     void apply(row, input, int64_t col, int n, sums) const;  // computes and writes, adds to sums.value[k]
+//     void finish(int64_t r, sums) const;         // takes the sums of row r (not for a map)
+//   };
+//
+// A row that is summed has one owner: a few lanes, a warp or a block, by its width alone. The order of the sum is fixed
+// by that width, so a row's sum is the same from run to run and whatever the other rows are. Rows of a map are also cut
+// into segments, so that few but wide rows fill the machine.
+#pragma once
+
+#include <algorithm>
+
+#include "vec.cuh"
+
+namespace vae_fast {
+namespace cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kBlock = 128;           // threads of a block that holds several rows, or a segment of a map
+constexpr int kWideBlock = 512;       // threads of a block that sums one wide row
+constexpr int kSegmentPerThread = 4;  // chunks of a map that a thread handles
+
+// Limits of a grid; beyond them blocks take several rows or segments. (The tests lower them to reach that case.)
+#ifndef VAE_FAST_MAX_GRID
+#define VAE_FAST_MAX_GRID 0x7fffffff, 0xffff
+#endif
+constexpr int64_t kMaxGrid[] = {VAE_FAST_MAX_GRID};
+
+// Threads that share a row, by the number of chunks in it: about one to eight chunks for each.
+struct RowWidth {
+  int64_t chunks;  // at most
+  int threads;
+};
+constexpr RowWidth kRowWidths[] = {{1, 1}, {2, 2}, {4, 4}, {8, 8}, {16, 16}, {128, kWarp}, {1024, kBlock}};
+
+inline int threads_per_row(int64_t chunks, bool sums) {
+  for (const RowWidth& width : kRowWidths) {
+    if (chunks <= width.chunks) return width.threads;
+  }
+  return sums ? kWideBlock : kBlock;
+}
+
+template <class R, int kSums>
+struct Sums {
+  R value[kSums > 0 ? kSums : 1] = {};
+};
+
+// The sum of v over the threads that share a row, in a fixed order; every one of them gets it. A row wider than a warp
+// has the block to itself.
+template <class R>
+__device__ __forceinline__ R sum_over_row(R v) {
+  const int lanes = blockDim.x < kWarp ? static_cast<int>(blockDim.x) : kWarp;
+  for (int offset = lanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kFullMask, v, offset);
+  if (blockDim.x <= kWarp) return v;
+
+  __shared__ R warp_sums[kWideBlock / kWarp];
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  __syncthreads();  // the readers of the sum before this one are done
+  if (lane == 0) warp_sums[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  v = lane < warps ? warp_sums[lane] : R{};
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kFullMask, v, offset);
+  return v;
+}
+
+// Block (threads that share a row, rows); grid (rows, segments of a row). `segment` and the loops count chunks.
+// The 1 of the launch bounds: without it the compiler aims at an occupancy of its own choice and spills to reach it.
+template <class Op>
+__global__ void __launch_bounds__(Op::kSums > 0 ? kWideBlock : kBlock, 1)
+    rows_kernel(const Op op, int64_t rows, int64_t cols, int64_t segment) {
+  constexpr int N = kChunk<typename Op::Element>;
+  const int64_t chunks = (cols + N - 1) / N;
+  const int64_t row_step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  const int64_t segment_step = gridDim.y * segment;
+  const int stride = static_cast<int>(blockDim.x);
+  const auto elements = [cols](int64_t chunk) {  // of this chunk
+    return Op::kVector || cols - chunk * N >= N ? N : static_cast<int>(cols - chunk * N);
+  };
+
+  // All threads of a block go round this loop equally often: the sums need every lane.
+  for (int64_t block_row = static_cast<int64_t>(blockIdx.x) * blockDim.y; block_row < rows; block_row += row_step) {
+    const int64_t r = block_row + threadIdx.y;
+    Sums<Real<typename Op::Element>, Op::kSums> sums;
+    if (r < rows) {
+      const typename Op::Row row = op.row(r);
+      for (int64_t first = blockIdx.y * segment; first < chunks; first += segment_step) {
+        const int64_t last = first + segment < chunks ? first + segment : chunks;
+        int64_t chunk = first + threadIdx.x;
+        if (chunk >= last) continue;
+        typename Op::Input next = op.load(row, chunk * N, elements(chunk));
+        while (chunk < last) {  // the next chunk is on its way while this one is worked on
+          const typename Op::Input input = next;
+          const int64_t current = chunk;
+          chunk += stride;
+          if (chunk < last) next = op.load(row, chunk * N, elements(chunk));
+          op.apply(row, input, current * N, elements(current), sums);
+        }
+      }
+    }
+    if constexpr (Op::kSums > 0) {
+#pragma unroll
+      for (int k = 0; k < Op::kSums; ++k) sums.value[k] = sum_over_row(sums.value[k]);
+      if (r < rows && threadIdx.x == 0) op.finish(r, sums);
+    }
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Launches `op` on a [rows, cols] tensor. A sum over no elements is zero and is written; an empty map is not launched.
+template <class Op>
+int launch_rows(const Op& op, int64_t rows, int64_t cols, void* stream) {
+  constexpr bool kHasSums = Op::kSums > 0;
+  if (rows == 0 || (cols == 0 && !kHasSums)) return cudaSuccess;
+  const int64_t chunks = ceil_div(cols, kChunk<typename Op::Element>);
+  const int threads = threads_per_row(chunks, kHasSums);
+  const int rows_per_block = threads < kBlock ? kBlock / threads : 1;
+  const int64_t segment = std::max<int64_t>(kHasSums ? chunks : int64_t{threads} * kSegmentPerThread, 1);
+  const int64_t segments = kHasSums ? 1 : ceil_div(chunks, segment);
+
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(ceil_div(rows, rows_per_block), kMaxGrid[0])),
+                        static_cast<unsigned>(std::min(segments, kMaxGrid[1])));
+  config.blockDim = dim3(static_cast<unsigned>(threads), static_cast<unsigned>(rows_per_block));
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchKernelEx(&config, rows_kernel<Op>, op, rows, cols, segment);
+  return cudaGetLastError();  // of this launch too
+}
+
+// Row r of a [rows, cols] tensor of T
+template <class T>
+__device__ __forceinline__ const T* row_of(const void* tensor, int64_t r, int64_t cols) {
+  return static_cast<const T*>(tensor) + r * cols;
+}
+template <class T>
+__device__ __forceinline__ T* row_of(void* tensor, int64_t r, int64_t cols) {
+  return static_cast<T*>(tensor) + r * cols;
+}
+
+// The row of x that belongs to row r: samples come in front, so the rows of x repeat. The division, in 32 bits where
+// that does, is for the rows beyond the first sample only.
+__device__ __forceinline__ int64_t target_row(int64_t r, int64_t x_rows) {
+  if (r < x_rows) return r;
+  if (r <= 0xffffffffll) return static_cast<uint32_t>(r) % static_cast<uint32_t>(x_rows);
+  return r % x_rows;
+}
+
+}  // namespace cuda
+}  // namespace vae_fast

@@ -1,0 +1,24 @@
+"""What the tests share: devices, dtypes and the float64 judge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.cuda,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; run `python -m bench.gpu` where there is one"),
+    ],
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).split(".")[1])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param

@@ -1,0 +1,244 @@
+// A CUDA device on the CPU, as far as csrc/cuda needs one: with this folder in front of the include path the kernels
+// compile as plain C++, and a launch runs every thread of every block, one after the other.
+//
+// Each thread of a block is a fiber. A thread runs until it waits for others, at __syncthreads() or a shuffle; when no
+// thread of a block can go on, they wait for different things, and the program stops. So a barrier in divergent code
+// is found. Memory from cudaMalloc ends at a page that cannot be touched. Build with -fsanitize=undefined, which finds
+// accesses that a device would refuse as misaligned.
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+using cudaStream_t = void*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+namespace emulation {
+
+constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr size_t kStackBytes = 128 * 1024;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  dim3 index;
+  bool done = true;
+};
+
+// What the threads of one warp, or of one block, meet at. `generation` counts the meetings.
+struct Meeting {
+  int members = 0, arrived = 0;
+  uint64_t generation = 0;
+  uint64_t values[2][kMaxThreads];  // of this meeting and of the one before, which a slow member may still be reading
+};
+
+struct Block {
+  std::vector<Fiber> fibers{kMaxThreads};
+  Meeting everyone, warps[kMaxThreads / kWarp];
+  ucontext_t scheduler;
+  int current = 0;
+  bool progress = false;
+  std::function<void()> body;
+};
+
+inline Block& block() {
+  static Block instance;
+  return instance;
+}
+
+[[noreturn]] inline void stop(const char* what) {
+  std::fprintf(stderr, "cuda emulation: %s (block %u %u, thread %u %u)\n", what, blockIdx.x, blockIdx.y, threadIdx.x,
+               threadIdx.y);
+  std::abort();
+}
+
+inline void wait_for_others() {
+  Block& b = block();
+  swapcontext(&b.fibers[static_cast<size_t>(b.current)].context, &b.scheduler);
+}
+
+// Leaves `value` and waits until every member did; returns the values of all.
+inline const uint64_t* meet(Meeting& m, int member, uint64_t value) {
+  const uint64_t generation = m.generation;
+  uint64_t* values = m.values[generation % 2];
+  values[member] = value;
+  block().progress = true;
+  if (++m.arrived == m.members) {
+    m.arrived = 0;
+    ++m.generation;
+  }
+  while (m.generation == generation) wait_for_others();
+  return values;
+}
+
+inline void run_fiber() {
+  Block& b = block();
+  b.body();
+  b.fibers[static_cast<size_t>(b.current)].done = true;
+  b.progress = true;
+  wait_for_others();
+}
+
+inline void run_block() {
+  Block& b = block();
+  const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  b.everyone.members = threads;
+  b.everyone.arrived = 0;
+  for (int w = 0; w * kWarp < threads; ++w) {
+    b.warps[w].members = threads - w * kWarp < kWarp ? threads - w * kWarp : kWarp;
+    b.warps[w].arrived = 0;
+  }
+  for (int t = 0; t < threads; ++t) {
+    Fiber& f = b.fibers[static_cast<size_t>(t)];
+    const unsigned id = static_cast<unsigned>(t);
+    f.index = dim3(id % blockDim.x, id / blockDim.x % blockDim.y, id / (blockDim.x * blockDim.y));
+    f.done = false;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStackBytes;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, run_fiber, 0);
+  }
+  for (int left = threads; left > 0;) {
+    b.progress = false;
+    left = 0;
+    for (b.current = 0; b.current < threads; ++b.current) {
+      Fiber& f = b.fibers[static_cast<size_t>(b.current)];
+      if (f.done) continue;
+      threadIdx = f.index;
+      swapcontext(&b.scheduler, &f.context);
+      left += !f.done;
+    }
+    if (left > 0 && !b.progress) stop("threads wait for each other at different barriers or shuffles");
+  }
+}
+
+inline int linear_thread() {
+  return static_cast<int>(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
+}
+
+inline cudaError_t& last_error() {
+  static cudaError_t error = cudaSuccess;
+  return error;
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::meet(emulation::block().everyone, emulation::linear_thread(), 0); }
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most eight bytes");
+  const int thread = emulation::linear_thread(), lane = thread % emulation::kWarp;
+  emulation::Meeting& warp = emulation::block().warps[thread / emulation::kWarp];
+  if (mask != 0xffffffffu || warp.members != emulation::kWarp) emulation::stop("a shuffle without all lanes of a warp");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const uint64_t other = emulation::meet(warp, lane, bits)[lane ^ lane_mask];
+  std::memcpy(&value, &other, sizeof(T));
+  return value;
+}
+
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, threads = config->blockDim;
+  const uint64_t count = uint64_t{threads.x} * threads.y * threads.z;
+  const bool valid = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffff && grid.y <= 0xffff &&
+                     grid.z <= 0xffff && count > 0 && count <= emulation::kMaxThreads;
+  if (!valid) return emulation::last_error() = cudaErrorInvalidConfiguration;
+  gridDim = grid;
+  blockDim = threads;
+  emulation::block().body = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) emulation::run_block();
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = emulation::last_error();
+  emulation::last_error() = cudaSuccess;
+  return error;
+}
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid argument" : "an error";
+}
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+namespace emulation {
+
+inline std::map<void*, std::pair<void*, size_t>>& mappings() {
+  static std::map<void*, std::pair<void*, size_t>> instance;
+  return instance;
+}
+
+}  // namespace emulation
+
+inline cudaError_t cudaMalloc(void** p, size_t bytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t used = (bytes + 15) / 16 * 16, length = (used + page - 1) / page * page + page;
+  char* start = static_cast<char*>(mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (start == MAP_FAILED || mprotect(start + length - page, page, PROT_NONE) != 0) return cudaErrorMemoryAllocation;
+  *p = start + length - page - used;
+  emulation::mappings()[*p] = {start, length};
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFree(void* p) {
+  auto found = emulation::mappings().find(p);
+  if (found == emulation::mappings().end()) return p ? cudaErrorInvalidValue : cudaSuccess;
+  munmap(found->second.first, found->second.second);
+  emulation::mappings().erase(found);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }

@@ -1,0 +1,50 @@
+"""vae-fast: the fastest correct way to train a variational auto-encoder.
+
+Drop-in functions and modules for any PyTorch model, and a complete trainer of the system of Kingma & Welling,
+*Auto-Encoding Variational Bayes*, arXiv:1312.6114.
+"""
+
+from __future__ import annotations
+
+from . import checkpoint, datasets, evaluation, reference
+from ._extension import build_info
+from .functional import (
+    ELBO,
+    bernoulli_log_likelihood,
+    elbo,
+    gaussian_kl,
+    gaussian_log_likelihood,
+    philox_normal,
+    reparameterize,
+    reparameterize_with_kl,
+)
+from .nn import VAE, BernoulliNLL, ELBOLoss, GaussianKL, MLPDecoder, MLPEncoder, Reparameterize
+from .trainer import History, Trainer, TrainingError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ELBO",
+    "VAE",
+    "BernoulliNLL",
+    "ELBOLoss",
+    "GaussianKL",
+    "History",
+    "MLPDecoder",
+    "MLPEncoder",
+    "Reparameterize",
+    "Trainer",
+    "TrainingError",
+    "bernoulli_log_likelihood",
+    "build_info",
+    "checkpoint",
+    "datasets",
+    "elbo",
+    "evaluation",
+    "gaussian_kl",
+    "gaussian_log_likelihood",
+    "philox_normal",
+    "reference",
+    "reparameterize",
+    "reparameterize_with_kl",
+]

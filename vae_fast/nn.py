@@ -1,0 +1,272 @@
+"""Drop-in modules and the variational auto-encoder of the paper.
+
+Source: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114, section 3 and appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+
+LIKELIHOODS = ("bernoulli", "gaussian")
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+class Reparameterize(nn.Module):
+    """z = mu + exp(logvar / 2) * eps as a module; see :func:`vae_fast.reparameterize`."""
+
+    def __init__(self, *, num_samples: int | None = None, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.num_samples = num_samples
+        self.generator = generator
+
+    def forward(self, mu: Tensor, logvar: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
+        return F.reparameterize(mu, logvar, num_samples=self.num_samples, seed=seed, generator=self.generator)
+
+
+class GaussianKL(nn.Module):
+    """KL(N(mu, exp(logvar)) || N(0, I)) as a loss module, in nats; see :func:`vae_fast.gaussian_kl`.
+
+    The default averages over datapoints (and sums over latents, as always).
+    """
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, mu: Tensor, logvar: Tensor) -> Tensor:
+        return F.gaussian_kl(mu, logvar, reduction=self.reduction)
+
+
+class BernoulliNLL(nn.Module):
+    """-log p(x|z) of a Bernoulli decoder as a loss module, in nats; see :func:`vae_fast.bernoulli_log_likelihood`.
+
+    The default averages over datapoints (and sums over features, as always).
+    """
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, x: Tensor) -> Tensor:
+        return -F.bernoulli_log_likelihood(logits, x, reduction=self.reduction)
+
+
+class ELBOLoss(nn.Module):
+    """The negative variational bound, -(log p(x|z) - beta * KL), in nats; see :func:`vae_fast.elbo`."""
+
+    def __init__(self, *, beta: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.beta = beta
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        return -F.elbo(logits, x, mu, logvar, beta=self.beta, reduction=self.reduction).elbo
+
+
+def _hidden_layers(widths: Sequence[int], activation: str) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers)
+
+
+class MLPEncoder(nn.Module):
+    """q(z|x) = N(mu, diag(exp(logvar))): hidden layers, then one linear head each for mu and logvar (appendix C.2).
+
+    x ``[..., data_dim]`` to ``(mu, logvar)``, each ``[..., latent_dim]``.
+    """
+
+    def __init__(self, data_dim: int, hidden_dims: Sequence[int], latent_dim: int, activation: str = "tanh") -> None:
+        super().__init__()
+        widths = [data_dim, *hidden_dims]
+        self.hidden = _hidden_layers(widths, activation)
+        self.mu = nn.Linear(widths[-1], latent_dim)
+        self.logvar = nn.Linear(widths[-1], latent_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.hidden(x)
+        return self.mu(h), self.logvar(h)
+
+
+class MLPDecoder(nn.Module):
+    """p(x|z): hidden layers, then the logits of a Bernoulli or the mean and log-variance of a Gaussian (appendix C).
+
+    z ``[..., latent_dim]`` to logits ``[..., data_dim]``, or to ``(mean, logvar)``, each ``[..., data_dim]``.
+    ``mean_activation="sigmoid"`` keeps the Gaussian mean in (0, 1), as the paper does for Frey Face.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        hidden_dims: Sequence[int],
+        data_dim: int,
+        likelihood: str = "bernoulli",
+        activation: str = "tanh",
+        mean_activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [latent_dim, *hidden_dims]
+        self.hidden = _hidden_layers(widths, activation)
+        self.likelihood = likelihood
+        self.mean_activation = mean_activation
+        if likelihood == "bernoulli":
+            self.logits = nn.Linear(widths[-1], data_dim)
+        else:
+            self.mean = nn.Linear(widths[-1], data_dim)
+            self.logvar = nn.Linear(widths[-1], data_dim)
+
+    def forward(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        h = self.hidden(z)
+        if self.likelihood == "bernoulli":
+            return cast(Tensor, self.logits(h))
+        mean = self.mean(h)
+        return torch.sigmoid(mean) if self.mean_activation == "sigmoid" else mean, self.logvar(h)
+
+
+class VAE(nn.Module):
+    """A variational auto-encoder: an encoder q(z|x), a decoder p(x|z) and the prior p(z) = N(0, I).
+
+    Either the paper's multi-layer perceptrons::
+
+        VAE(data_dim=784, hidden_dims=[500], latent_dim=20, likelihood="bernoulli")
+
+    or any pair of modules, encoder(x) -> (mu, logvar) and decoder(z) -> logits or (mean, logvar)::
+
+        VAE(encoder=my_encoder, decoder=my_decoder, likelihood="gaussian")
+
+    Args:
+        data_dim: number of features D of a datapoint.
+        hidden_dims: widths of the encoder's hidden layers; the decoder has them in reverse order.
+        latent_dim: number of latent variables.
+        likelihood: "bernoulli" (decoder returns logits) or "gaussian" (decoder returns mean and log-variance).
+        activation: of the hidden layers, "tanh" (the paper's) or "relu".
+        mean_activation: "sigmoid" keeps a Gaussian mean in (0, 1); None leaves it linear.
+        init: "paper" draws weights and hidden biases from N(0, 0.01**2) and sets the encoder's log-variance layer and the
+            biases of the outputs to zero; "torch" keeps nn.Linear's own, the better choice for several hidden layers.
+        seed: makes the initial values a function of this number; None draws it from torch's default generator.
+        encoder, decoder: modules to use instead; then the arguments above other than likelihood are not used.
+    """
+
+    def __init__(
+        self,
+        data_dim: int | None = None,
+        hidden_dims: Sequence[int] = (500,),
+        latent_dim: int | None = None,
+        likelihood: str = "bernoulli",
+        *,
+        activation: str = "tanh",
+        mean_activation: str | None = None,
+        init: str = "paper",
+        seed: int | None = None,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        _one_of("likelihood", likelihood, LIKELIHOODS)
+        _one_of("activation", activation, tuple(ACTIVATIONS))
+        _one_of("mean_activation", mean_activation, (None, "sigmoid"))
+        _one_of("init", init, ("paper", "torch"))
+        if (encoder is None) != (decoder is None):
+            raise ValueError("encoder, decoder: got one of them, wanted both or neither")
+        self.likelihood = likelihood
+        self.data_dim = data_dim
+        self.latent_dim = latent_dim
+        self.config: dict[str, Any] | None = None
+        if encoder is not None and decoder is not None:
+            self.encoder, self.decoder = encoder, decoder
+            return
+        if data_dim is None or latent_dim is None:
+            raise ValueError(
+                f"data_dim, latent_dim: got {data_dim} and {latent_dim}, wanted two positive integers, or encoder= and decoder="
+            )
+        for name, width in (("data_dim", data_dim), ("latent_dim", latent_dim), *(("hidden_dims", w) for w in hidden_dims)):
+            if width < 1:
+                raise ValueError(f"{name}: got {width}, wanted a positive integer")
+        self.config = {
+            "data_dim": data_dim,
+            "hidden_dims": [int(width) for width in hidden_dims],
+            "latent_dim": latent_dim,
+            "likelihood": likelihood,
+            "activation": activation,
+            "mean_activation": mean_activation,
+            "init": init,
+        }
+        self.encoder = MLPEncoder(data_dim, hidden_dims, latent_dim, activation)
+        self.decoder = MLPDecoder(latent_dim, tuple(hidden_dims)[::-1], data_dim, likelihood, activation, mean_activation)
+        if init == "paper":
+            self._init_as_the_paper(seed)
+        elif seed is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                for module in self.modules():
+                    if isinstance(module, nn.Linear):
+                        module.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> VAE:
+        """The model that ``config`` of another one describes (its parameters are new)."""
+        return cls(**config)
+
+    @torch.no_grad()
+    def _init_as_the_paper(self, seed: int | None) -> None:
+        """N(0, 0.01**2) for weights and hidden biases, zero for q's log-variance layer and the outputs' biases."""
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        for position, (name, parameter) in enumerate(self.named_parameters()):
+            output_bias = name.endswith("bias") and ".hidden." not in name
+            if name.startswith("encoder.logvar") or output_bias:
+                parameter.zero_()
+            else:
+                stream = seed + 0x9E3779B97F4A7C15 * (position + 1)
+                parameter.copy_(0.01 * F.philox_normal(parameter.shape, seed=stream))
+
+    def forward(
+        self, x: Tensor, *, num_samples: int | None = None, beta: float = 1.0, seed: int | Tensor | None = None
+    ) -> F.ELBO:
+        """The bound of each datapoint by SGVB-B (equation 7), in nats.
+
+        x ``[..., D]`` to ``ELBO(elbo, log_likelihood, kl)``, each ``[...]``.
+        """
+        mu, logvar = self.encoder(x)
+        z, kl = F.reparameterize_with_kl(mu, logvar, num_samples=num_samples, seed=seed)
+        log_likelihood = F.average_samples(self.log_likelihood(self.decoder(z), x), kl.dim())
+        return F.ELBO(log_likelihood - beta * kl, log_likelihood, kl)
+
+    def log_likelihood(self, decoded: Tensor | tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        """log p(x|z) of each datapoint, from what ``decoder(z)`` returned; ``[...]``, nats."""
+        if self.likelihood == "bernoulli":
+            return F.bernoulli_log_likelihood(cast(Tensor, decoded), x)
+        mean, logvar = decoded
+        return F.gaussian_log_likelihood(mean, logvar, x)
+
+    def decode_mean(self, z: Tensor) -> Tensor:
+        """E[x|z]: the Bernoulli's probabilities or the Gaussian's mean; ``[..., latent_dim]`` to ``[..., D]``."""
+        decoded = self.decoder(z)
+        return torch.sigmoid(decoded) if self.likelihood == "bernoulli" else decoded[0]
+
+    @torch.no_grad()
+    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+        """E[x|z] for n draws z from the prior N(0, I); ``[n, D]``."""
+        if self.latent_dim is None:
+            raise ValueError("latent_dim: got None, wanted the number of latent variables: pass latent_dim= to VAE")
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        like = next(self.parameters())
+        z = F.philox_normal((n, self.latent_dim), seed=seed, device=like.device)
+        return self.decode_mean(z.to(like.dtype))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x|z] at the posterior mean z = mu(x); ``[..., D]`` to ``[..., D]``."""
+        return self.decode_mean(self.encoder(x)[0])
+
+
+def _one_of(name: str, got: object, wanted: Sequence[object]) -> None:
+    if got not in wanted:
+        raise ValueError(f"{name}: got {got!r}, wanted one of {', '.join(repr(w) for w in wanted)}")
