@@ -96,7 +96,8 @@ def test_every_instruction_set_gives_the_same_noise(capability, tmp_path):
     assert done.stdout.strip() == capability, done.stderr
     theirs, ours = torch.load(path), vf.philox_normal((100_003,), seed=9)
     ulp = torch.exp2(torch.floor(torch.log2(ours.abs())) - 23)
-    assert ((ours - theirs).abs() / ulp).max() <= 2
+    # without fused multiply-add, as on the plainest processors, each step of the transform rounds once more
+    assert ((ours - theirs).abs() / ulp).max() <= (4 if capability == "plain" else 2)
 
 
 P_VALUE = 1e-6  # seeds are fixed: a test that passes once always passes

@@ -258,7 +258,7 @@ def _read_member(archive: zipfile.ZipFile, key: str, name: str) -> _Array:
 def _unpacked(array: _Array, features: _Array) -> _Array:
     """Rows of packed bits become rows of 0 and 1; an array that is not packed stays as it is."""
     count = int(features) if features.shape == () and features.dtype.kind in "iu" else 0
-    packed = array.dtype == np.uint8 and array.ndim == 2 and 1 < count and array.shape[1] == -(-count // 8)
+    packed = array.dtype == np.uint8 and array.ndim == 2 and count > 1 and array.shape[1] == -(-count // 8)
     return np.unpackbits(array, axis=1, count=count) if packed else array
 
 

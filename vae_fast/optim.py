@@ -49,6 +49,10 @@ class Adagrad(torch.optim.Optimizer):
             Tensor, Tensor
         ] = {}  # kept, because fresh memory costs more than the arithmetic on a CPU
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._scratch = {}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None

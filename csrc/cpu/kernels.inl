@@ -350,7 +350,7 @@ struct LogVariance {
   bool scalar;
   V first;
   LogVariance(const void* logvar, bool is_scalar)
-      : values(static_cast<const T*>(logvar)), scalar(is_scalar), first(Memory<V>::broadcast(values)) {}
+      : values(static_cast<const T*>(logvar)), scalar(is_scalar), first(is_scalar ? Memory<V>::broadcast(values) : V{}) {}
   VAE_FAST_INLINE V at(int64_t i, int64_t n) const { return scalar ? first : Memory<V>::load(values + i, n); }
 };
 

@@ -164,8 +164,8 @@ int launch(const BernoulliDoubleBackward& a, void* stream) {
   return with_types(a.dtype, a.x_dtype, [&](auto t, auto x) {
     using T = decltype(t);
     using X = decltype(x);
-    const bool vector_access = vector_rows<T>(a.cols, {a.ggrad_logits, a.logits, a.grad_logits}) &&
-                               vector_rows<X, kChunk<T>>(a.cols, {a.x});
+    const bool vector_access =
+        vector_rows<T>(a.cols, {a.ggrad_logits, a.logits, a.grad_logits}) && vector_rows<X, kChunk<T>>(a.cols, {a.x});
     return with_vector<T>(vector_access, [&](auto vector) {
       return launch_rows(LogLikelihoodDoubleBackward<T, X, vector.value>{a}, a.rows, a.cols, stream);
     });

@@ -96,8 +96,11 @@ struct LogLikelihoodBackward {
   };
 
   __device__ Row row(int64_t r) const {
-    return {row_of<T>(a.mean, r, a.cols), row_of<X>(a.x, target_row(r, a.x_rows), a.cols), {a.logvar, r, a.cols},
-            r * a.cols, static_cast<const R*>(a.grad)[r]};
+    return {row_of<T>(a.mean, r, a.cols),
+            row_of<X>(a.x, target_row(r, a.x_rows), a.cols),
+            {a.logvar, r, a.cols},
+            r * a.cols,
+            static_cast<const R*>(a.grad)[r]};
   }
 
   __device__ Input load(const Row& row, int64_t c, int n) const {

@@ -1,8 +1,8 @@
 // KL(N(mu, exp(logvar)) || N(0, I)) of every row, its gradient and the gradient of that (math/gaussian.h).
 //
 // Bytes that must move, for elements of b bytes and rows that are not tiny: forward 2 b each (mu, logvar), backward 4 b
-// (both, and both gradients), double backward 6 b. At the 4.3 TB/s that a copy reaches on an H200, 2^26 float32 elements
-// take no less than 0.125, 0.25 and 0.37 ms; exp and expm1 hide behind that.
+// (both, and both gradients), double backward 6 b. At the 4.3 TB/s that a copy reaches on an H200, 2^26 float32
+// elements take no less than 0.125, 0.25 and 0.37 ms; exp and expm1 hide behind that.
 #include "../math/gaussian.h"
 #include "rows.cuh"
 
@@ -107,9 +107,9 @@ struct KLDoubleBackward {
   };
 
   __device__ Row row(int64_t r) const {
-    return {row_of<T>(a.ggrad_mu, r, a.cols), row_of<T>(a.ggrad_logvar, r, a.cols),
-            row_of<T>(a.mu, r, a.cols),       row_of<T>(a.logvar, r, a.cols),
-            row_of<T>(a.grad_mu, r, a.cols),  row_of<T>(a.grad_logvar, r, a.cols),
+    return {row_of<T>(a.ggrad_mu, r, a.cols),   row_of<T>(a.ggrad_logvar, r, a.cols),
+            row_of<T>(a.mu, r, a.cols),         row_of<T>(a.logvar, r, a.cols),
+            row_of<T>(a.grad_mu, r, a.cols),    row_of<T>(a.grad_logvar, r, a.cols),
             static_cast<const R*>(a.grad_kl)[r]};
   }
 

@@ -8,8 +8,8 @@ namespace vae_fast {
 namespace cuda {
 
 // eps[j] = eps(seed, first + j) for j < n <= N; the rest is of no meaning. With kVector `first` is a multiple of N, and
-// where N is one of four no normal is made in vain; elsewhere the elements may begin within a counter and reach into one
-// more.
+// where N is one of four no normal is made in vain; elsewhere the elements may begin within a counter and reach into
+// one more.
 template <bool kVector, int N, class R>
 __device__ __forceinline__ void normals(int64_t seed, int64_t first, int n, R (&eps)[N]) {
   const int64_t counter = first >> 2;

@@ -4,8 +4,8 @@
 //
 // Bytes that must move, for S samples of elements of b bytes: forward (2 + S) b, backward (S + 1 or 2 inputs + 2
 // gradients) b, double backward (2 S + 4) b. The floor is higher where eps is made faster than z is written: an H200
-// makes about 0.6e12 normals a second, so 2^26 of them take 0.11 ms, and a forward of float32 moves its bytes in 0.19 ms,
-// one of bfloat16 in 0.09 ms.
+// makes about 0.6e12 normals a second, so 2^26 of them take 0.11 ms, and a forward of float32 moves its bytes in 0.19
+// ms, one of bfloat16 in 0.09 ms.
 #include "../math/gaussian.h"
 #include "noise.cuh"
 #include "rows.cuh"
@@ -227,9 +227,9 @@ int launch(const ReparameterizeForward& a, void* stream) {
 int launch(const ReparameterizeBackward& a, void* stream) {
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
-    return with_vector<T>(vector_rows<T>(a.cols, {a.grad_z, a.mu, a.logvar, a.grad_mu, a.grad_logvar}), [&](auto vector) {
-      return launch_rows(SampleBackward<T, vector.value>{a}, a.rows, a.cols, stream);
-    });
+    return with_vector<T>(
+        vector_rows<T>(a.cols, {a.grad_z, a.mu, a.logvar, a.grad_mu, a.grad_logvar}),
+        [&](auto vector) { return launch_rows(SampleBackward<T, vector.value>{a}, a.rows, a.cols, stream); });
   });
 }
 

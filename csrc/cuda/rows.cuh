@@ -1,5 +1,5 @@
-// The one kernel of all operators: walk the rows of a [rows, cols] tensor, and where the operator sums over a row, add up
-// what its threads found. An operator says what it reads, does and writes:
+// The one kernel of all operators: walk the rows of a [rows, cols] tensor, and where the operator sums over a row, add
+// up what its threads found. An operator says what it reads, does and writes:
 //
 //   struct Op {
 //     using Element;                              // the type of its tensors

@@ -1,8 +1,8 @@
 // Element types and chunks: the N neighbouring elements of a row that a thread handles at a time.
 //
-// A chunk is 16 bytes of the operator's type. Where every row starts on a chunk boundary (kVector) it moves in one access,
-// and so do the targets beside it, which may be of another type (32 bytes in two); elsewhere the same thread handles the
-// same elements, one access each.
+// A chunk is 16 bytes of the operator's type. Where every row starts on a chunk boundary (kVector) it moves in one
+// access, and so do the targets beside it, which may be of another type (32 bytes in two); elsewhere the same thread
+// handles the same elements, one access each.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -157,8 +157,8 @@ int with_bool(bool value, F f) {
   return value ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// The same for a kernel's kVector. double is there for gradient checks: it always goes one element at a time, which saves
-// a fifth of the kernels.
+// The same for a kernel's kVector. double is there for gradient checks: it always goes one element at a time, which
+// saves a fifth of the kernels.
 template <class T, class F>
 int with_vector(bool vector, F f) {
   if constexpr (std::is_same_v<T, double>) {

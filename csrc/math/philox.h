@@ -46,8 +46,8 @@ VAE_FAST_INLINE void box_muller(typename Math<V>::Uint w_radius, typename Math<V
   V mantissa = M::from_bits((bits & 0x007FFFFFu) + 0x3F3504F3u);
   V complement = (M::from_uint(~w_radius) + 0.5f) * -2.3283064365386962890625e-10f;  // -2^-32
   V f = exponent == V{} ? complement : mantissa - 1.0f;
-  V log_u = M::fma(exponent, constant<V>(0.693147182), log1p_polynomial(f));
-  log_u = M::fma(exponent, constant<V>(-1.90465421e-9), log_u);  // ln 2 - float(ln 2)
+  // ln 2 in two parts: the product with the first is exact
+  V log_u = M::fma(exponent, constant<V>(0.693359375), M::fma(exponent, constant<V>(-2.12194440e-4), log1p_polynomial(f)));
   V radius = M::sqrt(log_u * -2.0f);
   // cos and sin of (quarter + rest) quarter turns; rest in [-1/2, 1/2] is exact in integers, so both stay accurate
   // to the last bits near their zeros.

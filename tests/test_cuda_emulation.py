@@ -1,0 +1,72 @@
+"""The CUDA kernels without a GPU: compiled as plain C++ for the emulated device of tests/cuda_emulation and compared
+there, launch by launch, with the formulas of csrc/math in float64 (tests/cuda_emulation/kernels_test.cpp)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+EMULATION = ROOT / "tests" / "cuda_emulation"
+pytestmark = pytest.mark.slow
+
+KERNELS = re.findall(r"DO\((\w+)\)", (ROOT / "csrc" / "kernels.h").read_text())
+
+FLAGS = [
+    "-std=c++20",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-fsanitize=alignment,bounds,signed-integer-overflow,shift",  # what a device would refuse
+    "-fno-sanitize-recover=all",
+    f"-I{EMULATION}",
+    "-DVAE_FAST_MAX_GRID=3,2",  # so small that blocks must go on to further rows and segments
+]
+
+
+@pytest.fixture(scope="session")
+def kernels_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled test program."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler: set CXX or install g++")
+    build = tmp_path_factory.mktemp("cuda_emulation")
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def compile_one(source: Path, optimisation: str) -> Path:
+        output = build / (source.name + ".o")
+        run(compiler, "-x", "c++", optimisation, *FLAGS, "-c", source, "-o", output)
+        return output
+
+    sources = [(path, "-O0") for path in sorted(CUDA.glob("*.cu"))]  # -O0: most of the minute would go to optimising
+    sources.append((EMULATION / "kernels_test.cpp", "-O1"))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: compile_one(*source), sources))
+    program = build / "kernels_test"
+    run(compiler, "-fsanitize=undefined", *objects, "-o", program)
+    return program
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_launch_equals_the_formulas_in_float64(kernels_test: Path, kernel: str) -> None:
+    done = subprocess.run([kernels_test, kernel], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    launches = re.fullmatch(rf"{kernel}: (\d+) launches, .*\n", done.stdout)
+    assert launches is not None and int(launches[1]) > 400
+
+
+@pytest.mark.parametrize("behaviour", ["NaN", "errors"])
+def test_nan_stays_in_its_row_and_an_unknown_dtype_is_refused(kernels_test: Path, behaviour: str) -> None:
+    done = subprocess.run([kernels_test, behaviour], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,497 @@
+"""Figures of a training run, each a pure function that returns a matplotlib Figure.
+
+Nothing is shown and no global state of pyplot is touched: ``figure.savefig("curves.svg")`` draws one. matplotlib is
+imported when a figure is made, so the package works without it.
+
+Colours say whose numbers they are: blue the test data, vermilion the training data, grey the paper. They are from the
+palette of Okabe & Ito, which colour-blind readers can tell apart. Every bound is in nats per datapoint.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .trainer import History
+
+_Floats: TypeAlias = NDArray[np.float64]
+_Pixels: TypeAlias = NDArray[np.uint8]
+
+INK = "#1f2328"  # text
+QUIET = "#6e7781"  # axes, ticks, and the paper's curve
+FAINT = "#e3e6ea"  # grid lines and what is switched off
+TEST = "#0072b2"
+TRAIN = "#d55e00"
+ACTIVE_THRESHOLD = 0.01  # Var_x(E_q[z]) above it: the unit is in use (Burda, Grosse & Salakhutdinov, arXiv:1509.00519)
+
+_SMALLEST_GUESS = 8  # a table of 16 columns is no 4 x 4 image; 8 x 8 digits are images
+_ENOUGH_FOR_A_GUESS = f"a square of {_SMALLEST_GUESS} x {_SMALLEST_GUESS} pixels or more, or 28 x 20"
+
+
+class PaperCurve(NamedTuple):
+    """The paper's test bound of AEVB on MNIST as drawn in its figure 2: float64 ``[n]`` each, samples increasing."""
+
+    latent_dim: int
+    samples: _Floats
+    test_bound: _Floats
+
+    def at(self, samples: float) -> float | None:
+        """The drawn value at a number of samples, linear in log(samples); None outside the drawing."""
+        if not self.samples[0] <= samples <= self.samples[-1]:
+            return None
+        return float(np.interp(math.log(samples), np.log(self.samples), self.test_bound))
+
+
+def paper_curve(latent_dim: int | None) -> PaperCurve | None:
+    """The paper's curve for so many latent variables: 3, 5, 10, 20 or 200; None for others.
+
+    Source: Kingma & Welling, arXiv:1312.6114, figure 2, read from the vector drawing. 500 hidden units, real-valued
+    pixels, minibatches of 100, one posterior sample.
+    """
+    file = importlib.resources.files("vae_fast") / "data" / "paper" / "figure2.csv"
+    with file.open(encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if int(row["latents"]) == latent_dim]
+    if latent_dim is None or not rows:
+        return None
+    samples, bound = (np.array([float(row[key]) for row in rows]) for key in ("samples", "test_bound"))
+    return PaperCurve(latent_dim, samples, bound)
+
+
+# ---- curves ------------------------------------------------------------------------------------------------------------
+
+
+def curves(history: History, paper: PaperCurve | None = None) -> Figure:
+    """The bound against samples seen, on the logarithmic axis of the paper's figure 2, and its two terms beside it.
+
+    Args:
+        history: of a training; train values are means since the row before, test values are over the whole test set.
+        paper: drawn as a thin grey line where it overlaps the history; see :func:`paper_curve`.
+
+    Raises:
+        ValueError: the history is empty.
+    """
+    if not len(history):
+        raise ValueError("history: got an empty one, wanted at least one row: call fit first")
+    columns = history.to_dict()
+    samples = np.array(columns["samples"], dtype=np.float64)
+    figure = _figure(9.4, 4.0)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.75, 1))
+    whole = figure.add_subplot(grid[:, 0])
+    rest = [figure.add_subplot(grid[row, 1]) for row in (0, 1)]
+    panels = [
+        (whole, "bound", 1, "Variational bound"),
+        (rest[0], "log_likelihood", -1, "Reconstruction term, −log p(x|z)"),
+        (rest[1], "kl", 1, "KL divergence from the prior"),
+    ]
+    shared: dict[str, Any] = {}
+    for ax, term, sign, title in panels:
+        _style(ax, title)
+        drawn = []
+        for name, colour in (("train", TRAIN), ("test", TEST)):
+            values = sign * np.array(columns[f"{name}_{term}"], dtype=np.float64)
+            if np.isfinite(values).any():
+                drawn.append(values)
+                marker = "o" if len(samples) <= 40 else ""
+                label = f"{name}  {_nats(_last(values))}"
+                ax.plot(samples, values, color=colour, lw=1.8, marker=marker, ms=3, label=label, zorder=3)
+        ax.set_xscale("log")
+        _sample_axis(ax, samples)
+        _frame_values(ax, samples, drawn)
+        if ax is whole and paper is not None:
+            _draw_paper(ax, paper, samples)
+        shared[term] = ax
+    whole.set_ylabel("nats per datapoint", color=QUIET)
+    for ax in rest:
+        ax.set_ylabel("nats", color=QUIET)
+    for ax in (whole, rest[1]):
+        ax.set_xlabel("training samples seen", color=QUIET)
+    rest[0].tick_params(labelbottom=False)
+    order = whole.get_legend_handles_labels()
+    if order[0]:
+        ranked = sorted(zip(*order, strict=True), key=lambda item: item[1].split()[0] != "test")
+        handles, labels = zip(*ranked, strict=True)
+        whole.legend(
+            handles, labels, loc="lower right", frameon=False, fontsize=9, labelcolor=INK, handlelength=1.6
+        )
+    return figure
+
+
+def _draw_paper(ax: Axes, paper: PaperCurve, samples: _Floats) -> None:
+    inside = (paper.samples >= samples.min()) & (paper.samples <= samples.max())
+    x, y = paper.samples[inside], paper.test_bound[inside]
+    end = paper.at(float(samples.max()))
+    if end is None:
+        return
+    x, y = np.append(x, samples.max()), np.append(y, end)
+    label = f"paper, test  {_nats(end)}"
+    ax.plot(x, y, color=QUIET, lw=1.2, ls=(0, (4, 2)), label=label, zorder=2)
+
+
+def _sample_axis(ax: Axes, samples: _Floats) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    low, high = float(samples.min()), float(samples.max())
+    if low == high:
+        low, high = low / 2, high * 2
+    pad = (high / low) ** 0.03
+    ax.set_xlim(low / pad, high * pad)
+    decades = math.log10(high / low)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=20))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _frame_values(ax: Axes, samples: _Floats, curves: Sequence[_Floats]) -> None:
+    """The first moves of a training are so large that they would flatten the rest: they may leave the frame."""
+    if not curves:
+        return
+    settled = np.concatenate([values[samples >= 0.1 * samples.max()] for values in curves])
+    everything = np.concatenate(list(curves))
+    settled, everything = settled[np.isfinite(settled)], everything[np.isfinite(everything)]
+    if not settled.size:
+        return
+    span = max(float(np.ptp(settled)), 1e-3 * abs(float(settled[-1])), 1e-6)
+    low = max(float(everything.min()), float(settled.min()) - 0.6 * span)
+    high = min(float(everything.max()), float(settled.max()) + 0.6 * span)
+    ax.set_ylim(low - 0.06 * span, high + 0.06 * span)
+
+
+# ---- images ------------------------------------------------------------------------------------------------------------
+
+
+def image_shape(data_dim: int) -> tuple[int, int] | None:
+    """A guess at (height, width): a square of 8 x 8 pixels or more, Frey Face's 28 x 20; None if it is neither."""
+    if data_dim == 560:
+        return 28, 20
+    side = math.isqrt(data_dim)
+    return (side, side) if side >= _SMALLEST_GUESS and side * side == data_dim else None
+
+
+def tile(
+    images: Any,
+    shape: Sequence[int] | None = None,
+    ncols: int | None = None,
+    *,
+    gap: int = 1,
+    value_range: tuple[float, float] = (0.0, 1.0),
+) -> _Pixels:
+    """Images in rows, as pixels: image k stands in row k // ncols, column k % ncols.
+
+    Args:
+        images: ``[N, D]``; values of ``value_range`` run from black to white, others are clipped.
+        shape: (height, width) or (height, width, 3), D being their product; guessed when left out, see
+            :func:`image_shape`.
+        ncols: images in a row; as square a picture as may be when left out.
+        gap: transparent pixels between images.
+
+    Returns:
+        RGBA uint8 ``[rows * (height + gap) - gap, ncols * (width + gap) - gap, 4]``; places without an image are
+        transparent.
+
+    Raises:
+        ValueError: D does not fit the shape, or no shape can be guessed.
+    """
+    rows = _rows("images", images)
+    height, width, channels = _checked_shape(rows.shape[1], shape)
+    columns = ncols or math.ceil(math.sqrt(len(rows) * height / width))
+    if columns < 1:
+        raise ValueError(f"ncols: got {ncols}, wanted a positive integer")
+    columns = columns if ncols else min(columns, len(rows))
+    lines = -(-len(rows) // columns)
+    low, high = value_range
+    scaled = np.nan_to_num((rows - low) / ((high - low) or 1.0))
+    values = np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8).reshape(-1, height, width, channels)
+    cells = np.zeros((lines * columns, height + gap, width + gap, 4), dtype=np.uint8)
+    cells[: len(rows), :height, :width, :3] = values
+    cells[: len(rows), :height, :width, 3] = 255
+    picture = cells.reshape(lines, columns, height + gap, width + gap, 4).swapaxes(1, 2)
+    picture = picture.reshape(lines * (height + gap), columns * (width + gap), 4)
+    return np.ascontiguousarray(picture[: picture.shape[0] - gap, : picture.shape[1] - gap])
+
+
+def image_grid(
+    images: Any,
+    shape: Sequence[int] | None = None,
+    ncols: int | None = None,
+    *,
+    title: str = "",
+    value_range: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Images ``[N, D]`` in a grid, row by row; arguments as for :func:`tile`."""
+    return _picture(tile(images, shape, ncols, value_range=value_range), title)
+
+
+def samples(
+    model: Any,
+    n: int = 100,
+    *,
+    seed: int = 0,
+    image_shape: Sequence[int] | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Pixel means of n draws from the prior, as in the paper's figure 5."""
+    images = model.sample(n, seed=seed)
+    return image_grid(images, image_shape, title=f"{n} samples from the prior", value_range=value_range)
+
+
+def reconstructions(
+    x: Any,
+    xhat: Any,
+    image_shape: Sequence[int] | None = None,
+    ncols: int = 10,
+    *,
+    value_range: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Each datapoint above its reconstruction, ``ncols`` pairs side by side; x and xhat ``[N, D]``."""
+    pairs = _pairs(x, xhat, image_shape, ncols, value_range)
+    return _picture(pairs, "Data, and below each its reconstruction")
+
+
+def _pairs(
+    x: Any, xhat: Any, shape: Sequence[int] | None, ncols: int, value_range: tuple[float, float]
+) -> _Pixels:
+    """Bands of two rows: data above, reconstructions below; wider gaps keep pairs together."""
+    data, model = _rows("x", x), _rows("xhat", xhat)
+    if data.shape != model.shape:
+        raise ValueError(f"xhat: got shape {list(model.shape)}, wanted that of x, {list(data.shape)}")
+    height, width, channels = _checked_shape(data.shape[1], shape)
+    columns = min(ncols, len(data))
+    bands: list[_Pixels] = []
+    for first in range(0, len(data), columns):
+        lines = [
+            tile(part[first : first + columns], (height, width, channels), columns, value_range=value_range)
+            for part in (data, model)
+        ]
+        seam = np.zeros((1, lines[0].shape[1], 4), dtype=np.uint8)
+        bands += [np.zeros((max(3, height // 4), lines[0].shape[1], 4), dtype=np.uint8)] if bands else []
+        bands += [lines[0], seam, lines[1]]
+    return np.concatenate(bands)
+
+
+def manifold(
+    model: Any,
+    n: int = 20,
+    *,
+    variance: Any = None,
+    image_shape: Sequence[int] | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Pixel means over an n x n grid of latent values, as in the paper's figure 4.
+
+    The values are the quantiles Phi^-1((i + 1/2) / n) of the prior, i = 0 ... n-1, so each image stands for an equal
+    share of it. The first unit grows from left to right, the second from bottom to top. With more than two latents
+    the grid moves the two most active ones and leaves the others at 0; with one there is a single row.
+
+    Args:
+        variance: Var_x(E_q[z]) per unit, ``[latent_dim]``, needed with more than two latents.
+    """
+    images, units = _manifold(model, n, variance)
+    if len(units) == 1:
+        columns, title = n, "The latent axis"
+    else:
+        columns, title = n, "The latent plane"
+        if model.latent_dim > 2:
+            title = f"Latent units {units[0] + 1} and {units[1] + 1}, the two most active; the other {model.latent_dim - 2} at 0"
+    return _picture(tile(images, image_shape, columns, gap=0, value_range=value_range), title)
+
+
+def most_active(variance: Any, count: int = 2) -> list[int]:
+    """Indices of the units of largest Var_x(E_q[z]), largest first."""
+    order = np.argsort(-_rows("variance", variance).reshape(-1), kind="stable")
+    return [int(unit) for unit in order[:count]]
+
+
+def _manifold(model: Any, n: int, variance: Any) -> tuple[NDArray[np.float32], list[int]]:
+    """Images ``[n or n * n, D]``, top row first, and the units that move."""
+    from .evaluation import evaluating
+
+    if n < 1:
+        raise ValueError(f"n: got {n}, wanted a positive integer")
+    if variance is None and model.latent_dim > 2:
+        raise ValueError(
+            f"variance: got None, wanted Var_x(E_q[z]) of each of the {model.latent_dim} latents, to choose the two most active"
+        )
+    units = most_active(variance) if model.latent_dim > 2 else list(range(model.latent_dim))
+    quantiles = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    like = next(model.parameters())
+    z = torch.zeros(n ** len(units), model.latent_dim, dtype=torch.float64)
+    z[:, units[0]] = quantiles.repeat(n ** (len(units) - 1))
+    if len(units) == 2:
+        z[:, units[1]] = quantiles.flip(0).repeat_interleave(n)
+    with torch.no_grad(), evaluating(model):
+        images = model.decode_mean(z.to(like))
+    return images.float().cpu().numpy(), units
+
+
+# ---- data that are no images -------------------------------------------------------------------------------------------
+
+
+def feature_rows(panels: Mapping[str, Any]) -> Figure:
+    """Datapoints as rows of a heat map, features as columns, one panel per entry, all on one scale.
+
+    For data that are no images. Values in [0, 1] are shown as they are; others in standard deviations from the mean
+    of their feature, both taken from the first panel.
+
+    Args:
+        panels: title to values ``[n, D]``; the first are the data.
+    """
+    values = {title: _rows(title, rows).astype(np.float64) for title, rows in panels.items()}
+    first = next(iter(values.values()))
+    shares = all(part.min() >= 0 and part.max() <= 1 for part in values.values())
+    label, colours, limits = "value", "cividis", (0.0, 1.0)
+    if not shares:
+        mean, deviation = first.mean(axis=0), first.std(axis=0)
+        deviation[deviation == 0] = 1
+        values = {title: (part - mean) / deviation for title, part in values.items()}
+        label, colours, limits = "standard deviations from the mean", "RdBu_r", (-3.0, 3.0)
+    heights = [len(part) for part in values.values()]
+    figure = _figure(9.4, 0.9 + sum(0.5 + min(1.6, 0.11 * height) for height in heights))
+    axes = figure.subplots(len(values), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    image = None
+    for ax, (title, part) in zip(axes, values.items(), strict=True):
+        _style(ax, title)
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
+        ax.set_yticks([])
+        ax.tick_params(length=0)
+        image = ax.imshow(
+            part, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="none"
+        )
+    axes[-1].set_xlabel("feature", color=QUIET)
+    assert image is not None
+    bar = figure.colorbar(image, ax=list(axes), shrink=min(1.0, 2.2 / figure.get_figheight()), aspect=18, pad=0.015)
+    bar.set_label(label, color=QUIET, fontsize=9)
+    bar.ax.tick_params(colors=QUIET, labelsize=8, length=0)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+# ---- latent variables --------------------------------------------------------------------------------------------------
+
+
+def latent_activity(variance: Any) -> Figure:
+    """Var_x(E_q[z]) of every latent unit as bars, most active first, with the line of 0.01 above which one is in use."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    sizes = _rows("variance", variance).reshape(-1)
+    order = np.argsort(-sizes, kind="stable")
+    ordered = np.maximum(sizes[order], 0)
+    active = int((ordered > ACTIVE_THRESHOLD).sum())
+    floor = 1e-4
+    figure = _figure(min(9.4, max(4.0, 1.6 + 0.4 * len(sizes))), 2.7)
+    ax = figure.add_subplot()
+    _style(ax, f"{active} of {len(sizes)} latent units in use")
+    colours = [TEST if size > ACTIVE_THRESHOLD else QUIET for size in ordered]
+    places = np.arange(len(sizes))
+    ax.bar(places, np.maximum(ordered, floor) - floor, 0.72, bottom=floor, color=colours, zorder=3)
+    ax.axhline(ACTIVE_THRESHOLD, color=QUIET, lw=1.2, ls=(0, (4, 2)), zorder=4)
+    ax.set_yscale("log")
+    ax.set_ylim(floor, max(2.0, 1.5 * float(ordered.max(initial=0))))
+    ax.set_yticks([1e-4, 1e-3, 1e-2, 1e-1, 1])
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylabel("variance of E[z | x]", color=QUIET)
+    ax.set_xlim(-0.8, max(len(sizes), 5) - 0.2)
+    if len(sizes) <= 30:
+        ax.set_xticks(places, [str(unit + 1) for unit in order])
+        ax.set_xlabel("latent unit, most active first", color=QUIET)
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        ax.set_xlabel("rank of the latent unit, most active first", color=QUIET)
+    ax.tick_params(axis="x", length=0)
+    ax.grid(False, axis="x")
+    return figure
+
+
+# ---- shared ------------------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"plots need matplotlib, which does not load ({error}): pip install matplotlib"
+        ) from error
+    return Figure((width, height), dpi=150, facecolor="white", layout="constrained")
+
+
+def _style(ax: Axes, title: str) -> None:
+    """The look of every panel, set on the axes: it does not depend on anybody's matplotlibrc."""
+    ax.set_facecolor("none")
+    ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=8)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(QUIET)
+    ax.spines["bottom"].set_linewidth(0.8)
+    ax.grid(True, axis="y", color=FAINT, lw=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=QUIET, labelsize=9, length=0)
+    ax.tick_params(axis="x", length=3, width=0.8)
+    ax.xaxis.label.set_fontsize(9)
+    ax.yaxis.label.set_fontsize(9)
+
+
+def _picture(pixels: _Pixels, title: str) -> Figure:
+    height, width = pixels.shape[:2]
+    inches = 6.4 if width < 2 * height else 9.4
+    figure = _figure(inches, inches * height / width + (0.4 if title else 0))
+    ax = figure.add_subplot()
+    ax.set_axis_off()
+    if title:
+        ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=8)
+    ax.imshow(pixels, interpolation="none")
+    return figure
+
+
+def _rows(name: str, data: Any) -> NDArray[np.float32]:
+    """``[N, ...]`` as float32 ``[N, D]``, from a tensor on any device or an array."""
+    array = data.detach().float().cpu().numpy() if isinstance(data, torch.Tensor) else np.asarray(data)
+    if array.size == 0 or array.ndim == 0:
+        raise ValueError(f"{name}: got shape {list(array.shape)}, wanted at least one value")
+    return array.astype(np.float32).reshape(len(array), -1)
+
+
+def _checked_shape(data_dim: int, shape: Sequence[int] | None) -> tuple[int, int, int]:
+    found = shape or image_shape(data_dim)
+    if found is None:
+        raise ValueError(
+            f"image_shape: got None and {data_dim} features, wanted (height, width); it is guessed for {_ENOUGH_FOR_A_GUESS}"
+        )
+    sizes = tuple(int(size) for size in found)
+    if len(sizes) == 2:
+        sizes = (*sizes, 1)
+    if len(sizes) != 3 or min(sizes) < 1 or sizes[2] not in (1, 3) or math.prod(sizes) != data_dim:
+        raise ValueError(
+            f"image_shape: got {tuple(found)}, wanted (height, width) or (height, width, 3) of {data_dim} pixel values in all"
+        )
+    return sizes
+
+
+def _last(values: _Floats) -> float:
+    return float(values[np.isfinite(values)][-1])
+
+
+def _nats(value: float) -> str:
+    """Two decimals and a minus sign as wide as a plus."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+def _count(value: float) -> str:
+    """1,000 as 1k, 1,000,000 as 1M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
