@@ -262,13 +262,13 @@ def extension_and_command() -> tuple[Extension, type]:
             write_build_config(
                 Path(self.get_ext_fullpath("vae_fast._C")).with_name("_build_config.py"),
                 {
-                    "TORCH_VERSION": str(torch.__version__),
-                    "TORCH_CUDA": torch.version.cuda,
-                    "CUDA": cuda is not None,
-                    "CUDA_ARCHS": cuda.archs if cuda else [],
-                    "NVCC_VERSION": cuda.version if cuda else "",
-                    "CXX": run(*compiler.split(), "--version").stdout.split("\n")[0],
-                    "WHY_NO_CUDA": why_no_cuda,
+                    "TORCH_VERSION: str": str(torch.__version__),
+                    "TORCH_CUDA: str | None": torch.version.cuda,
+                    "CUDA: bool": cuda is not None,
+                    "CUDA_ARCHS: list[str]": cuda.archs if cuda else [],
+                    "NVCC_VERSION: str": cuda.version if cuda else "",
+                    "CXX: str": run(*compiler.split(), "--version").stdout.split("\n")[0],
+                    "WHY_NO_CUDA: str": why_no_cuda,
                 },
             )
 

@@ -93,14 +93,25 @@ def test_every_bit_of_every_dtype_comes_back(path: Path, dtype: torch.dtype) -> 
         torch.arange(12)[::5],
         torch.ones(1).expand(3, 4),
         torch.nn.Parameter(torch.ones(2)),
+        torch.tensor([1 + 2j, 3 - 4j]).conj(),
         torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
     ],
-    ids=["scalar", "empty", "no columns", "transposed", "strided", "expanded", "parameter", "negative bit"],
+    ids=[
+        "scalar",
+        "empty",
+        "no columns",
+        "transposed",
+        "strided",
+        "expanded",
+        "parameter",
+        "conjugate",
+        "negative",
+    ],
 )
 def test_tensors_of_any_form_come_back(path: Path, tensor: Tensor) -> None:
     save(path, {"t": tensor}, {})
     loaded = load(path)[0]["t"]
-    assert bits(loaded) == bits(tensor.resolve_neg())
+    assert bits(loaded) == bits(tensor.resolve_conj().resolve_neg())
     assert loaded.is_contiguous() and not loaded.requires_grad
 
 

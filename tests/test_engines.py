@@ -86,7 +86,7 @@ def test_both_engines_agree_to_1e_4_over_200_steps_of_the_papers_model() -> None
     losses = []
     for name in ("reference", "modules"):
         model = VAE(data_dim=784, hidden_dims=[500], latent_dim=20, seed=0)
-        source = array_source(train[:20_000], batch_size=100)
+        source = array_source(train, batch_size=100)
         optimizer = make_optimizer("adagrad", list(model.parameters()), 0.02)
         engine, _ = make_engine(name, model, optimizer, source, Plan(), CPU)
         losses.append(engine.run(200)[:, 0])

@@ -369,8 +369,9 @@ def _is_number(field: str) -> bool:
 
 def _csv_block(lines: list[tuple[int, str]], width: int, name: str) -> _Array:
     text = [line for _, line in lines]
+    # An older NumPy would read 255.0 as an integer, with a warning.
     if not any(re.search(r"[.eEnN]", line) for line in text):
-        with suppress(ValueError):  # not all from 0 to 255
+        with suppress(ValueError):  # not all from 0 to 255, or no numbers: told apart below
             pixels = np.loadtxt(text, delimiter=",", dtype=np.uint8, comments=None, ndmin=2)
             if pixels.shape[1] == width:
                 return pixels

@@ -81,14 +81,13 @@ class Adagrad(torch.optim.Optimizer):
         torch._foreach_add_(steps, 1)
         torch._foreach_addcmul_(sums, grads, grads)
         torch._foreach_copy_(roots, sums)
-        if group["accumulate_steps"]:
-            # An infinite eps leaves a parameter where it is: no branch on the device's counter.
-            eps = torch.full_like(steps[0], group["eps"], dtype=params[0].dtype)
-            eps.masked_fill_(steps[0] <= group["accumulate_steps"], math.inf)
-            torch._foreach_add_(roots, eps)
-        else:
-            torch._foreach_add_(roots, group["eps"])
+        torch._foreach_add_(roots, group["eps"])
         torch._foreach_sqrt_(roots)
+        if group["accumulate_steps"]:
+            # Dividing by infinity leaves a parameter where it is: no branch on the device's counter.
+            factor = torch.ones_like(steps[0], dtype=params[0].dtype)
+            factor.masked_fill_(steps[0] <= group["accumulate_steps"], math.inf)
+            torch._foreach_mul_(roots, factor)
         torch._foreach_addcdiv_(params, grads, roots, value=-group["lr"])
 
 

@@ -122,13 +122,20 @@ double decode(DType t, const unsigned char* p) {
   }
 }
 
-// A tensor on the device between two guards of 0xff, which is NaN in every type: whoever reads beyond its ends gets
-// NaN, whoever writes there is found by `intact`.
+enum class Use { input, output };
+
+// A tensor on the device. Bytes around it are 0xff, which is NaN in every type. An output lies between two guards of
+// them and `intact` finds who wrote there; an input ends where its memory ends, so that who reads on is stopped by the
+// device.
 class Tensor {
  public:
-  Tensor(DType type, int64_t count, bool shifted)
-      : type_(type), count_(count), front_(kGuard + (shifted ? size_of(type) : 0)), values(static_cast<size_t>(count)) {
-    bytes_.assign(static_cast<size_t>(front_ + count * size_of(type) + kGuard), 0xff);
+  Tensor(DType type, int64_t count, bool shifted, Use use)
+      : type_(type),
+        count_(count),
+        front_(kGuard + (shifted ? size_of(type) : 0)),
+        back_(use == Use::output ? kGuard : 0),
+        values(static_cast<size_t>(count)) {
+    bytes_.assign(static_cast<size_t>(front_ + count * size_of(type) + back_), 0xff);
     check(cudaMalloc(&memory_, bytes_.size()));
     upload();
   }
@@ -155,7 +162,7 @@ class Tensor {
   bool intact() const {
     const auto is_guard = [](unsigned char byte) { return byte == 0xff; };
     return std::all_of(bytes_.begin(), bytes_.begin() + front_, is_guard) &&
-           std::all_of(bytes_.end() - kGuard, bytes_.end(), is_guard);
+           std::all_of(bytes_.end() - back_, bytes_.end(), is_guard);
   }
 
   void* pointer() const { return static_cast<char*>(memory_) + front_; }
@@ -168,7 +175,7 @@ class Tensor {
   void upload() { check(cudaMemcpy(memory_, bytes_.data(), bytes_.size(), cudaMemcpyHostToDevice)); }
 
   DType type_;
-  int64_t count_, front_;
+  int64_t count_, front_, back_;
   std::vector<unsigned char> bytes_;
   void* memory_ = nullptr;
 
@@ -193,29 +200,30 @@ class Tensors {
   ~Tensors() {
     for (Tensor* t : all_) delete t;
   }
-  Tensor& make(DType type, int64_t count) {
-    const bool shifted = case_.layout == Layout::all_shifted || (case_.layout == Layout::one_shifted && all_.empty());
-    all_.push_back(new Tensor(type, count, shifted));
-    return *all_.back();
-  }
-  Tensor& input(int64_t count) { return make(case_.dtype, count).fill(symmetric); }
-  Tensor& output(int64_t count) { return make(case_.dtype, count); }
-  Tensor& loss_input() { return make(loss_of(case_.dtype), case_.rows).fill(symmetric); }
-  Tensor& loss_output() { return make(loss_of(case_.dtype), case_.rows); }
+  Tensor& input(int64_t count) { return make(case_.dtype, count, Use::input).fill(symmetric); }
+  Tensor& output(int64_t count) { return make(case_.dtype, count, Use::output); }
+  Tensor& loss_input() { return make(loss_of(case_.dtype), case_.rows, Use::input).fill(symmetric); }
+  Tensor& loss_output() { return make(loss_of(case_.dtype), case_.rows, Use::output); }
   Tensor& target(bool binary) {
-    return make(case_.x_dtype, case_.x_rows * case_.cols).fill([=, this_dtype = case_.x_dtype] {
-      if (binary && uniform() < 0.5) return uniform() < 0.5 ? 0.0 : 1.0;
-      return this_dtype == DType::u8 ? (uniform() < 0.5 ? 0.0 : 1.0) : binary ? uniform() : symmetric();
+    const bool hard = case_.x_dtype == DType::u8;
+    return make(case_.x_dtype, case_.x_rows * case_.cols, Use::input).fill([=] {
+      if (hard || (binary && uniform() < 0.5)) return uniform() < 0.5 ? 0.0 : 1.0;
+      return binary ? uniform() : symmetric();
     });
   }
   const int64_t* seed(int64_t value) {
-    auto* t = new Tensor(DType::f64, 1, false);  // eight bytes; their meaning is the kernel's
-    all_.push_back(t);
-    check(cudaMemcpy(t->pointer(), &value, sizeof value, cudaMemcpyHostToDevice));
-    return static_cast<const int64_t*>(t->pointer());
+    all_.push_back(new Tensor(DType::f64, 1, false, Use::input));  // eight bytes; their meaning is the kernel's
+    check(cudaMemcpy(all_.back()->pointer(), &value, sizeof value, cudaMemcpyHostToDevice));
+    return static_cast<const int64_t*>(all_.back()->pointer());
   }
 
  private:
+  Tensor& make(DType type, int64_t count, Use use) {
+    const bool shifted = case_.layout == Layout::all_shifted || (case_.layout == Layout::one_shifted && all_.empty());
+    all_.push_back(new Tensor(type, count, shifted, use));
+    return *all_.back();
+  }
+
   Case case_;
   std::vector<Tensor*> all_;
 };
