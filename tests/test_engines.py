@@ -48,7 +48,12 @@ def noisy_model() -> VAE:
 
 
 def array_source(
-    x: Tensor, batch_size: int = 20, device: torch.device = CPU, seed: int = 0, order: str = "shuffle", **how: Any
+    x: Tensor,
+    batch_size: int = 20,
+    device: torch.device = CPU,
+    seed: int = 0,
+    order: str = "shuffle",
+    **how: Any,
 ) -> ArraySource:
     prepared = datasets.prepare(x, likelihood="bernoulli", **how)
     return ArraySource(prepared, batch_size=batch_size, seed=seed, order=order, device=device)
@@ -179,7 +184,9 @@ class NoLookingBack(TorchDispatchMode):
     """Fails on the operators by which a host waits for a device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), str(func)
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), str(
+            func
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -280,7 +287,9 @@ def test_only_a_few_sizes_of_a_stream_are_captured() -> None:
         device=CPU,
         first_step=0,
     )
-    program = StepProgram(functional, model, make_optimizer("adam", model.parameters(), 0.01), source, Plan(), CPU)
+    program = StepProgram(
+        functional, model, make_optimizer("adam", model.parameters(), 0.01), source, Plan(), CPU
+    )
     engine = AutogradEngine("modules", program, recorder)
     for _ in range(2):
         assert engine.run(20).isfinite().all()
@@ -362,7 +371,9 @@ def test_an_unknown_engine_is_refused() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("make", [small_model, noisy_model])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_graphs_on_a_gpu_take_the_steps_that_run_without_them(make: Callable[[], VAE], optimizer: str) -> None:
+def test_graphs_on_a_gpu_take_the_steps_that_run_without_them(
+    make: Callable[[], VAE], optimizer: str
+) -> None:
     device = torch.device("cuda", 0)
     runs = []
     for recorder in (None, CudaGraphs(device)):

@@ -118,7 +118,7 @@ def _serialize(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> bytes:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise TypeError(f"tensors[{name!r}]: found {_described(tensor)}; wanted a dense tensor")
         # Own, contiguous memory for each: safetensors refuses views and tensors that share storage.
-        host = tensor.detach().resolve_conj().cpu()
+        host = tensor.detach().cpu()
         plain[name] = host.clone(memory_format=torch.contiguous_format)
     text = json.dumps({"format": FORMAT, "meta": meta}, separators=(",", ":"))
     try:

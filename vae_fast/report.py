@@ -103,7 +103,7 @@ def _page(
     train_data, test_data = _prepared(trainer, train, "train", None), None
     if test is not None:
         test_data = _prepared(trainer, test, "test", None if train_data is None else train_data.kind)
-    shown = test_data or train_data
+    shown = train_data if test_data is None else test_data
     paper = _comparable(trainer, name, shown)
     activity = None if shown is None else evaluation.active_units(trainer.model, shown)
     sections = [
@@ -111,7 +111,7 @@ def _page(
         _paper_section(trainer, last, paper),
     ]
     if shown is not None and activity is not None:
-        sections += _pictures(trainer, shown, activity, image_shape, "test" if test_data else "training")
+        sections += _pictures(trainer, shown, activity, image_shape, "training" if test_data is None else "test")
     data_notes = [data.note for data in (train_data, test_data) if data is not None]
     sections += [
         _section("Data", _list([*data_notes, *notes, *_incidents(trainer)])),
@@ -130,6 +130,22 @@ def _page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _prepared(trainer: Trainer, data: Any, name: str, kind: str | None) -> Prepared | None:
+    """As the trainer's fit reads it, on the model's device."""
+    if data is None:
+        return None
+    settings = trainer.settings
+    prepared = datasets.prepare(
+        data,
+        likelihood=trainer.model.likelihood,
+        targets=kind or settings.targets,
+        pixel_scale=settings.pixel_scale,
+        name=name,
+        width=trainer.model.data_dim,
+    )
+    return prepared.to(trainer.device)
 
 
 # ---- sections ----------------------------------------------------------------------------------------------------------
