@@ -1,5 +1,5 @@
-// What an operator asks of a kernel: plain pointers and sizes, no torch. ops.cpp fills one of these structs and hands it
-// to cpu::launch or cuda::launch; both namespaces have one overload for every struct here.
+// What an operator asks of a kernel: plain pointers and sizes, no torch. ops.cpp fills one of these structs and hands
+// it to cpu::launch or cuda::launch; both namespaces have one overload for every struct here.
 //
 // A [..., D] tensor is rows x cols, contiguous, cols = D. `dtype` is that of the tensors named after it; sums over a
 // row ("loss" below: one value per datapoint) are float, or double where dtype is f64. Arithmetic is done in that type.
@@ -165,19 +165,19 @@ struct GaussianDoubleBackward {
   void* grad_logvar;         // [rows, cols]; with logvar_scalar [rows] loss, the sum over the row
 };
 
-#define VAE_FAST_FOR_EACH_KERNEL(DO)   \
-  DO(GaussianKLForward)                \
-  DO(GaussianKLBackward)               \
-  DO(GaussianKLDoubleBackward)         \
-  DO(ReparameterizeForward)            \
-  DO(ReparameterizeBackward)           \
-  DO(ReparameterizeDoubleBackward)     \
-  DO(PhiloxNormal)                     \
-  DO(BernoulliForward)                 \
-  DO(BernoulliBackward)                \
-  DO(BernoulliDoubleBackward)          \
-  DO(GaussianForward)                  \
-  DO(GaussianBackward)                 \
+#define VAE_FAST_FOR_EACH_KERNEL(DO) \
+  DO(GaussianKLForward)              \
+  DO(GaussianKLBackward)             \
+  DO(GaussianKLDoubleBackward)       \
+  DO(ReparameterizeForward)          \
+  DO(ReparameterizeBackward)         \
+  DO(ReparameterizeDoubleBackward)   \
+  DO(PhiloxNormal)                   \
+  DO(BernoulliForward)               \
+  DO(BernoulliBackward)              \
+  DO(BernoulliDoubleBackward)        \
+  DO(GaussianForward)                \
+  DO(GaussianBackward)               \
   DO(GaussianDoubleBackward)
 
 namespace cpu {

@@ -96,8 +96,8 @@ void check_target(const Tensor& x, const char* output_name, const Tensor& output
                    ", wanted float32, float64, float16, bfloat16, uint8 or bool");
   const auto wanted = output.sym_sizes();
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.dim() <= output.dim() && wanted.slice(wanted.size() - x.dim()) == x.sym_sizes(),
-                    "x: got shape ", x.sym_sizes(), ", wanted the last dimensions of ", output_name, ", whose shape is ",
-                    wanted);
+                    "x: got shape ", x.sym_sizes(), ", wanted the last dimensions of ", output_name,
+                    ", whose shape is ", wanted);
   check_device("x", x, output_name, output);
 }
 
@@ -119,7 +119,8 @@ Tensor empty_loss(const Tensor& t) { return empty(datapoints(t), t, loss_type(t)
 
 void check_loss_grad(const char* name, const Tensor& grad, const Tensor& t) {
   check_shape(name, grad, "one value per datapoint", datapoints(t));
-  TORCH_CHECK_TYPE(grad.scalar_type() == loss_type(t), name, ": got dtype ", grad.scalar_type(), ", wanted ", loss_type(t));
+  TORCH_CHECK_TYPE(grad.scalar_type() == loss_type(t), name, ": got dtype ", grad.scalar_type(), ", wanted ",
+                   loss_type(t));
   check_device(name, grad, "the output", t);
 }
 
@@ -182,7 +183,8 @@ std::tuple<Tensor, Tensor> sample(const char* name, const Tensor& mu, const Tens
   return {z, kl};
 }
 
-Tensor reparameterize_forward(const Tensor& mu, const Tensor& logvar, const Tensor& seed, optional<c10::SymInt> num_samples) {
+Tensor reparameterize_forward(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                              optional<c10::SymInt> num_samples) {
   return std::get<0>(sample("reparameterize", mu, logvar, seed, num_samples, false));
 }
 
@@ -197,8 +199,8 @@ void check_sample_grad(const Tensor& grad_z, const Tensor& logvar) {
   const size_t extra = grad_z.dim() > logvar.dim() ? 1 : 0;
   TORCH_CHECK_VALUE(sizes.slice(extra) == logvar.sym_sizes(), "grad_z: got shape ", sizes, ", wanted ",
                     logvar.sym_sizes(), ", the shape of logvar, perhaps with samples in front");
-  TORCH_CHECK_TYPE(grad_z.scalar_type() == logvar.scalar_type(), "grad_z: got dtype ", grad_z.scalar_type(), ", wanted ",
-                   logvar.scalar_type(), ", the dtype of logvar");
+  TORCH_CHECK_TYPE(grad_z.scalar_type() == logvar.scalar_type(), "grad_z: got dtype ", grad_z.scalar_type(),
+                   ", wanted ", logvar.scalar_type(), ", the dtype of logvar");
   check_device("grad_z", grad_z, "logvar", logvar);
 }
 
@@ -229,9 +231,9 @@ std::tuple<Tensor, Tensor> reparameterize_backward(const Tensor& grad_z, const T
   return sample_backward("reparameterize_backward", grad_z, Tensor(), Tensor(), logvar, seed, needs);
 }
 
-std::tuple<Tensor, Tensor> reparameterize_with_kl_backward(const optional<Tensor>& grad_z, const optional<Tensor>& grad_kl,
-                                                           const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                                                           Needs needs) {
+std::tuple<Tensor, Tensor> reparameterize_with_kl_backward(const optional<Tensor>& grad_z,
+                                                           const optional<Tensor>& grad_kl, const Tensor& mu,
+                                                           const Tensor& logvar, const Tensor& seed, Needs needs) {
   return sample_backward("reparameterize_with_kl_backward", grad_z.value_or(Tensor()), grad_kl.value_or(Tensor()), mu,
                          logvar, seed, needs);
 }
@@ -245,7 +247,8 @@ std::tuple<Tensor, Tensor> reparameterize_double_backward(const Tensor& ggrad_mu
   check_same("ggrad_logvar", ggrad_logvar, "logvar", logvar);
   Tensor ggrad_z = empty_contiguous(grad_z), grad_logvar = empty_contiguous(logvar);
   if (logvar.is_meta() || logvar.numel() == 0) return {ggrad_z, grad_logvar};
-  const Tensor vm = ggrad_mu.contiguous(), vl = ggrad_logvar.contiguous(), gz = grad_z.contiguous(), lv = logvar.contiguous();
+  const Tensor vm = ggrad_mu.contiguous(), vl = ggrad_logvar.contiguous(), gz = grad_z.contiguous(),
+               lv = logvar.contiguous();
   launch("reparameterize_double_backward", logvar,
          ReparameterizeDoubleBackward{dtype_of(logvar.scalar_type()), rows_of(logvar), cols_of(logvar),
                                       samples_of(gz, logvar), pointer(vm), pointer(vl), pointer(gz), pointer(lv),
@@ -325,11 +328,12 @@ std::tuple<Tensor, Tensor> bernoulli_log_likelihood_double_backward(const Tensor
   check_same("ggrad_logits", ggrad_logits, "logits", logits);
   Tensor ggrad = empty_loss(logits), grad_logits = empty_contiguous(logits);
   if (logits.is_meta() || ggrad.numel() == 0) return {ggrad, grad_logits};
-  const Tensor v = ggrad_logits.contiguous(), g = grad.contiguous(), l = logits.contiguous(), t = kernel_target(x, logits);
-  launch("bernoulli_log_likelihood_double_backward", logits,
-         BernoulliDoubleBackward{dtype_of(l.scalar_type()), dtype_of(t.scalar_type()), rows_of(l), rows_of(t),
-                                 cols_of(l), pointer(v), pointer(g), pointer(l), pointer(t), pointer(ggrad),
-                                 pointer(grad_logits)});
+  const Tensor v = ggrad_logits.contiguous(), g = grad.contiguous(), l = logits.contiguous(),
+               t = kernel_target(x, logits);
+  launch(
+      "bernoulli_log_likelihood_double_backward", logits,
+      BernoulliDoubleBackward{dtype_of(l.scalar_type()), dtype_of(t.scalar_type()), rows_of(l), rows_of(t), cols_of(l),
+                              pointer(v), pointer(g), pointer(l), pointer(t), pointer(ggrad), pointer(grad_logits)});
   return {ggrad, grad_logits};
 }
 
@@ -353,22 +357,23 @@ Tensor gaussian_log_likelihood_forward(const Tensor& mean, const Tensor& logvar,
   if (mean.is_meta() || out.numel() == 0) return out;
   const Tensor m = mean.contiguous(), lv = logvar.contiguous(), t = kernel_target(x, mean);
   launch("gaussian_log_likelihood", mean,
-         GaussianForward{dtype_of(m.scalar_type()), dtype_of(t.scalar_type()), rows_of(m), rows_of(t), cols_of(m), scalar,
-                         pointer(m), pointer(lv), pointer(t), pointer(out)});
+         GaussianForward{dtype_of(m.scalar_type()), dtype_of(t.scalar_type()), rows_of(m), rows_of(t), cols_of(m),
+                         scalar, pointer(m), pointer(lv), pointer(t), pointer(out)});
   return out;
 }
 
-std::tuple<Tensor, Tensor> gaussian_log_likelihood_backward(const Tensor& grad, const Tensor& mean, const Tensor& logvar,
-                                                            const Tensor& x, Needs needs) {
+std::tuple<Tensor, Tensor> gaussian_log_likelihood_backward(const Tensor& grad, const Tensor& mean,
+                                                            const Tensor& logvar, const Tensor& x, Needs needs) {
   const bool scalar = check_gaussian(mean, logvar, x);
   check_loss_grad("grad", grad, mean);
   Tensor grad_mean = needs[0] ? empty_contiguous(mean) : not_wanted(mean);
   Tensor grad_logvar = !needs[1] ? not_wanted(mean) : scalar ? empty_loss(mean) : empty_contiguous(mean);
   if (mean.is_meta() || rows_of(mean) == 0) return {grad_mean, grad_logvar};
   const Tensor g = grad.contiguous(), m = mean.contiguous(), lv = logvar.contiguous(), t = kernel_target(x, mean);
-  launch("gaussian_log_likelihood_backward", mean,
-         GaussianBackward{dtype_of(m.scalar_type()), dtype_of(t.scalar_type()), rows_of(m), rows_of(t), cols_of(m), scalar,
-                          pointer(g), pointer(m), pointer(lv), pointer(t), pointer(grad_mean), pointer(grad_logvar)});
+  launch(
+      "gaussian_log_likelihood_backward", mean,
+      GaussianBackward{dtype_of(m.scalar_type()), dtype_of(t.scalar_type()), rows_of(m), rows_of(t), cols_of(m), scalar,
+                       pointer(g), pointer(m), pointer(lv), pointer(t), pointer(grad_mean), pointer(grad_logvar)});
   return {grad_mean, grad_logvar};
 }
 
@@ -389,9 +394,9 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_likelihood_double_backward(const
   const Tensor vm = ggrad_mean.contiguous(), vl = ggrad_logvar.contiguous(), g = grad.contiguous();
   const Tensor m = mean.contiguous(), lv = logvar.contiguous(), t = kernel_target(x, mean);
   launch("gaussian_log_likelihood_double_backward", mean,
-         GaussianDoubleBackward{dtype_of(m.scalar_type()), dtype_of(t.scalar_type()), rows_of(m), rows_of(t), cols_of(m),
-                                scalar, pointer(vm), pointer(vl), pointer(g), pointer(m), pointer(lv), pointer(t),
-                                pointer(ggrad), pointer(grad_mean), pointer(grad_logvar)});
+         GaussianDoubleBackward{dtype_of(m.scalar_type()), dtype_of(t.scalar_type()), rows_of(m), rows_of(t),
+                                cols_of(m), scalar, pointer(vm), pointer(vl), pointer(g), pointer(m), pointer(lv),
+                                pointer(t), pointer(ggrad), pointer(grad_mean), pointer(grad_logvar)});
   return {ggrad, grad_mean, grad_logvar};
 }
 
@@ -400,12 +405,11 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_likelihood_double_backward(const
 // --- the same operators, called through the dispatcher ---------------------------------------------------------------
 
 namespace dispatched {
-#define VAE_FAST_DISPATCHED(name)                                                       \
-  constexpr auto name = [](const auto&... args) {                                       \
-    static const auto op = c10::Dispatcher::singleton()                                 \
-                               .findSchemaOrThrow("vae_fast::" #name, "")               \
-                               .typed<decltype(kernel::name)>();                        \
-    return op.call(args...);                                                            \
+#define VAE_FAST_DISPATCHED(name)                                                                               \
+  constexpr auto name = [](const auto&... args) {                                                               \
+    static const auto op =                                                                                      \
+        c10::Dispatcher::singleton().findSchemaOrThrow("vae_fast::" #name, "").typed<decltype(kernel::name)>(); \
+    return op.call(args...);                                                                                    \
   }
 VAE_FAST_DISPATCHED(reparameterize_forward);
 VAE_FAST_DISPATCHED(reparameterize_backward);
@@ -606,8 +610,7 @@ struct BernoulliLogLikelihoodBackward : Function<BernoulliLogLikelihoodBackward>
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &grad = saved[0], &logits = saved[1], &x = saved[2];
-    const auto [ggrad, grad_logits] =
-        dispatched::bernoulli_log_likelihood_double_backward(grads[0], grad, logits, x);
+    const auto [ggrad, grad_logits] = dispatched::bernoulli_log_likelihood_double_backward(grads[0], grad, logits, x);
     Tensor grad_x;
     if (ctx->needs_input_grad(2)) grad_x = grad_target(grads[0] * grad.unsqueeze(-1), x);
     return {ggrad, grad_logits, grad_x};
@@ -626,8 +629,8 @@ struct GaussianLogLikelihood : Function<GaussianLogLikelihood> {
     const Tensor &logvar = saved[1], &x = saved[2];
     const bool need_mean = ctx->needs_input_grad(0), need_logvar = ctx->needs_input_grad(1);
     const bool need_x = ctx->needs_input_grad(2);
-    auto [grad_mean, grad_logvar] = dispatched::gaussian_log_likelihood_backward(grads[0], saved[0], logvar, x,
-                                                                                 Needs{need_mean || need_x, need_logvar});
+    auto [grad_mean, grad_logvar] = dispatched::gaussian_log_likelihood_backward(
+        grads[0], saved[0], logvar, x, Needs{need_mean || need_x, need_logvar});
     if (need_logvar && logvar.dim() == 0) grad_logvar = grad_logvar.sum().to(logvar.scalar_type());
     Tensor grad_x = need_x ? grad_target(-grad_mean, x) : Tensor();
     return {wanted(grad_mean, need_mean), wanted(grad_logvar, need_logvar), grad_x};
@@ -662,7 +665,8 @@ std::tuple<Tensor, Tensor> gaussian_kl_backward(const Tensor& grad_kl, const Ten
                                                 Needs needs) {
   return pair(GaussianKLBackward::apply(grad_kl, mu, logvar, needs));
 }
-Tensor reparameterize_forward(const Tensor& mu, const Tensor& logvar, const Tensor& seed, optional<c10::SymInt> num_samples) {
+Tensor reparameterize_forward(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                              optional<c10::SymInt> num_samples) {
   return Reparameterize::apply(mu, logvar, seed, num_samples);
 }
 std::tuple<Tensor, Tensor> reparameterize_backward(const Tensor& grad_z, const Tensor& logvar, const Tensor& seed,
@@ -673,9 +677,9 @@ std::tuple<Tensor, Tensor> reparameterize_with_kl_forward(const Tensor& mu, cons
                                                           optional<c10::SymInt> num_samples) {
   return pair(ReparameterizeWithKL::apply(mu, logvar, seed, num_samples));
 }
-std::tuple<Tensor, Tensor> reparameterize_with_kl_backward(const optional<Tensor>& grad_z, const optional<Tensor>& grad_kl,
-                                                           const Tensor& mu, const Tensor& logvar, const Tensor& seed,
-                                                           Needs needs) {
+std::tuple<Tensor, Tensor> reparameterize_with_kl_backward(const optional<Tensor>& grad_z,
+                                                           const optional<Tensor>& grad_kl, const Tensor& mu,
+                                                           const Tensor& logvar, const Tensor& seed, Needs needs) {
   return pair(ReparameterizeWithKLBackward::apply(grad_z, grad_kl, mu, logvar, seed, needs));
 }
 Tensor bernoulli_log_likelihood_forward(const Tensor& logits, const Tensor& x) {
@@ -687,8 +691,8 @@ Tensor bernoulli_log_likelihood_backward(const Tensor& grad, const Tensor& logit
 Tensor gaussian_log_likelihood_forward(const Tensor& mean, const Tensor& logvar, const Tensor& x) {
   return GaussianLogLikelihood::apply(mean, logvar, x);
 }
-std::tuple<Tensor, Tensor> gaussian_log_likelihood_backward(const Tensor& grad, const Tensor& mean, const Tensor& logvar,
-                                                            const Tensor& x, Needs needs) {
+std::tuple<Tensor, Tensor> gaussian_log_likelihood_backward(const Tensor& grad, const Tensor& mean,
+                                                            const Tensor& logvar, const Tensor& x, Needs needs) {
   return pair(GaussianLogLikelihoodBackward::apply(grad, mean, logvar, x, needs));
 }
 
@@ -711,7 +715,8 @@ Tensor gaussian_kl_forward(const Tensor& mu, const Tensor& logvar) {
   const auto [m, lv] = promote(mu, logvar);
   return dispatched::gaussian_kl_forward(m, lv);
 }
-Tensor reparameterize_forward(const Tensor& mu, const Tensor& logvar, const Tensor& seed, optional<c10::SymInt> num_samples) {
+Tensor reparameterize_forward(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                              optional<c10::SymInt> num_samples) {
   NoAutocast guard(c10::autocast_dispatch_keyset);
   const auto [m, lv] = promote(mu, logvar);
   return dispatched::reparameterize_forward(m, lv, seed, num_samples);
@@ -780,27 +785,25 @@ TORCH_LIBRARY(vae_fast, m) {
 }
 
 #define VAE_FAST_IMPL(name) m.impl(#name, TORCH_FN(kernel::name));
-#define VAE_FAST_IMPL_ALL(m)                                 \
-  VAE_FAST_IMPL(philox_normal)                               \
-  VAE_FAST_IMPL(reparameterize_forward)                      \
-  VAE_FAST_IMPL(reparameterize_backward)                     \
-  VAE_FAST_IMPL(reparameterize_double_backward)              \
-  VAE_FAST_IMPL(reparameterize_with_kl_forward)              \
-  VAE_FAST_IMPL(reparameterize_with_kl_backward)             \
-  VAE_FAST_IMPL(gaussian_kl_forward)                         \
-  VAE_FAST_IMPL(gaussian_kl_backward)                        \
-  VAE_FAST_IMPL(gaussian_kl_double_backward)                 \
-  VAE_FAST_IMPL(bernoulli_log_likelihood_forward)            \
-  VAE_FAST_IMPL(bernoulli_log_likelihood_backward)           \
-  VAE_FAST_IMPL(bernoulli_log_likelihood_double_backward)    \
-  VAE_FAST_IMPL(gaussian_log_likelihood_forward)             \
-  VAE_FAST_IMPL(gaussian_log_likelihood_backward)            \
+#define VAE_FAST_IMPL_ALL(m)                              \
+  VAE_FAST_IMPL(philox_normal)                            \
+  VAE_FAST_IMPL(reparameterize_forward)                   \
+  VAE_FAST_IMPL(reparameterize_backward)                  \
+  VAE_FAST_IMPL(reparameterize_double_backward)           \
+  VAE_FAST_IMPL(reparameterize_with_kl_forward)           \
+  VAE_FAST_IMPL(reparameterize_with_kl_backward)          \
+  VAE_FAST_IMPL(gaussian_kl_forward)                      \
+  VAE_FAST_IMPL(gaussian_kl_backward)                     \
+  VAE_FAST_IMPL(gaussian_kl_double_backward)              \
+  VAE_FAST_IMPL(bernoulli_log_likelihood_forward)         \
+  VAE_FAST_IMPL(bernoulli_log_likelihood_backward)        \
+  VAE_FAST_IMPL(bernoulli_log_likelihood_double_backward) \
+  VAE_FAST_IMPL(gaussian_log_likelihood_forward)          \
+  VAE_FAST_IMPL(gaussian_log_likelihood_backward)         \
   VAE_FAST_IMPL(gaussian_log_likelihood_double_backward)
 
-TORCH_LIBRARY_IMPL(vae_fast, CPU, m) { VAE_FAST_IMPL_ALL(m) }
-TORCH_LIBRARY_IMPL(vae_fast, CUDA, m) { VAE_FAST_IMPL_ALL(m) }
-TORCH_LIBRARY_IMPL(vae_fast, Meta, m) { VAE_FAST_IMPL_ALL(m) }
-
+TORCH_LIBRARY_IMPL(vae_fast, CPU, m){VAE_FAST_IMPL_ALL(m)} TORCH_LIBRARY_IMPL(vae_fast, CUDA, m){
+    VAE_FAST_IMPL_ALL(m)} TORCH_LIBRARY_IMPL(vae_fast, Meta, m){VAE_FAST_IMPL_ALL(m)}
 #undef VAE_FAST_IMPL
 #define VAE_FAST_IMPL(name) m.impl(#name, TORCH_FN(autograd::name));
 TORCH_LIBRARY_IMPL(vae_fast, Autograd, m) {
@@ -823,12 +826,13 @@ TORCH_LIBRARY_IMPL(vae_fast, Autograd, m) {
 
 #undef VAE_FAST_IMPL
 #define VAE_FAST_IMPL(name) m.impl(#name, TORCH_FN(autocast::name));
-#define VAE_FAST_IMPL_AUTOCAST(m)                 \
-  VAE_FAST_IMPL(reparameterize_forward)           \
-  VAE_FAST_IMPL(reparameterize_with_kl_forward)   \
-  VAE_FAST_IMPL(gaussian_kl_forward)              \
+#define VAE_FAST_IMPL_AUTOCAST(m)               \
+  VAE_FAST_IMPL(reparameterize_forward)         \
+  VAE_FAST_IMPL(reparameterize_with_kl_forward) \
+  VAE_FAST_IMPL(gaussian_kl_forward)            \
   VAE_FAST_IMPL(gaussian_log_likelihood_forward)
-TORCH_LIBRARY_IMPL(vae_fast, AutocastCPU, m) { VAE_FAST_IMPL_AUTOCAST(m) }
-TORCH_LIBRARY_IMPL(vae_fast, AutocastCUDA, m) { VAE_FAST_IMPL_AUTOCAST(m) }
+TORCH_LIBRARY_IMPL(vae_fast, AutocastCPU, m){VAE_FAST_IMPL_AUTOCAST(m)} TORCH_LIBRARY_IMPL(vae_fast, AutocastCUDA, m) {
+  VAE_FAST_IMPL_AUTOCAST(m)
+}
 
 }  // namespace vae_fast

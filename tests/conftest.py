@@ -9,7 +9,9 @@ CUDA = pytest.param(
     "cuda",
     marks=[
         pytest.mark.cuda,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; run `python -m bench.gpu` where there is one"),
+        pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="needs a GPU; run `python -m bench.gpu` where there is one"
+        ),
     ],
 )
 
@@ -19,6 +21,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).split(".")[1])
+@pytest.fixture(
+    params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).split(".")[1]
+)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param

@@ -15,7 +15,8 @@ SEED = 2**63 + 12345
 
 @dataclass
 class Case:
-    """An operator, a way to make its inputs for rows ``shape[:-1]`` of width ``shape[-1]``, and its outputs as a tuple."""
+    """An operator, a way to make its inputs for rows ``shape[:-1]`` of width ``shape[-1]``, and its outputs
+    as a tuple."""
 
     name: str
     inputs: Callable[[tuple[int, ...], torch.Generator], list[Tensor]]
@@ -36,7 +37,9 @@ def _tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _pair(name: str, **options: object) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+def _pair(
+    name: str, **options: object
+) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
     return (
         lambda *args: _tuple(getattr(functional, name)(*args, **options)),
         lambda *args: _tuple(getattr(reference, name)(*args, **options)),
@@ -44,7 +47,8 @@ def _pair(name: str, **options: object) -> tuple[Callable[..., tuple[Tensor, ...
 
 
 def _plain_sample(num_samples: int | None, with_kl: bool) -> Callable[..., tuple[Tensor, ...]]:
-    """Plain PyTorch on the very noise that the operator takes as given: float32 for all but float64 ... and its upcasts."""
+    """Plain PyTorch on the very noise that the operator takes as given: float32 for all but float64 ... and
+    its upcasts."""
 
     def plain(mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
         shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
@@ -85,9 +89,24 @@ CASES = [
         _pair("reparameterize", seed=SEED, num_samples=3)[0],
         _plain_sample(3, False),
     ),
-    Case("reparameterize_with_kl", _posterior, _pair("reparameterize_with_kl", seed=SEED)[0], _plain_sample(None, True)),
+    Case(
+        "reparameterize_with_kl",
+        _posterior,
+        _pair("reparameterize_with_kl", seed=SEED)[0],
+        _plain_sample(None, True),
+    ),
     Case("bernoulli_log_likelihood", _bernoulli, *_pair("bernoulli_log_likelihood"), constants=1),
-    Case("bernoulli_log_likelihood, 3 samples", _bernoulli_samples, *_pair("bernoulli_log_likelihood"), constants=1),
+    Case(
+        "bernoulli_log_likelihood, 3 samples",
+        _bernoulli_samples,
+        *_pair("bernoulli_log_likelihood"),
+        constants=1,
+    ),
     Case("gaussian_log_likelihood", _gaussian, *_pair("gaussian_log_likelihood"), constants=1),
-    Case("gaussian_log_likelihood, one variance", _gaussian_scalar, *_pair("gaussian_log_likelihood"), constants=1),
+    Case(
+        "gaussian_log_likelihood, one variance",
+        _gaussian_scalar,
+        *_pair("gaussian_log_likelihood"),
+        constants=1,
+    ),
 ]

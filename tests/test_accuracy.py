@@ -13,25 +13,35 @@ from torch import Tensor
 import vae_fast as vf
 
 
-def run(function, inputs: list[Tensor], upstream: list[Tensor] | None, constants: int) -> tuple[list[Tensor], list[Tensor]]:
+def run(
+    function, inputs: list[Tensor], upstream: list[Tensor] | None, constants: int
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, and the gradients of <upstream, outputs> in the inputs that take one."""
     leaves = [t.clone().requires_grad_(i < len(inputs) - constants) for i, t in enumerate(inputs)]
     outputs = function(*leaves)
     if upstream is None:
         upstream = [torch.ones_like(out) for out in outputs]
-    grads = torch.autograd.grad(outputs, [leaf for leaf in leaves if leaf.requires_grad], [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
+    grads = torch.autograd.grad(
+        outputs,
+        [leaf for leaf in leaves if leaf.requires_grad],
+        [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)],
+    )
     return [out.detach() for out in outputs], list(grads)
 
 
-def judged(case: Case, inputs: list[Tensor], dtype: torch.dtype, device: torch.device, generator: torch.Generator):
+def judged(
+    case: Case, inputs: list[Tensor], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+):
     """For every output and gradient: (exact, ours, plain), from inputs that are exact in ``dtype``."""
     rounded = [t.to(dtype).to(device) for t in inputs]
     exact_inputs = [t.double() for t in rounded]
     shapes = [out.shape for out in case.plain(*exact_inputs)]
-    upstream = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).to(device).double() for s in shapes]
-    exact = sum(run(case.plain, exact_inputs, upstream, case.constants), [])
-    ours = sum(run(case.fused, rounded, upstream, case.constants), [])
-    plain = sum(run(case.plain, rounded, upstream, case.constants), [])
+    upstream = [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).to(device).double() for s in shapes
+    ]
+    exact = [t for part in run(case.plain, exact_inputs, upstream, case.constants) for t in part]
+    ours = [t for part in run(case.fused, rounded, upstream, case.constants) for t in part]
+    plain = [t for part in run(case.plain, rounded, upstream, case.constants) for t in part]
     return list(zip(exact, ours, plain, strict=True))
 
 
@@ -48,17 +58,23 @@ def test_error_is_at_most_twice_that_of_plain_pytorch_on_random_shapes(case, dty
     squares: dict[int, list[float]] = {}
     for _ in range(500 // len(CASES) + 1):
         shape = random_shape(rng)
-        for place, (exact, ours, plain) in enumerate(judged(case, case.inputs(shape, generator), dtype, device, generator)):
+        for place, (exact, ours, plain) in enumerate(
+            judged(case, case.inputs(shape, generator), dtype, device, generator)
+        ):
             assert ours.dtype == plain.dtype and ours.shape == exact.shape
             error, plain_error = (ours.double() - exact).abs(), (plain.double() - exact).abs()
-            # One shape is a draw of luck for either side, and a row may hang on one large term: the few roundings of that
-            # term are allowed for. (The gradient of one shared variance cancels over rows: only its sum below is judged.)
+            # One shape is a draw of luck for either side, and a row may hang on one large term: the few
+            # roundings of that term are allowed for. (The gradient of one shared variance cancels over rows:
+            # only its sum below is judged.)
             allowance = 3 * torch.finfo(ours.dtype).eps * exact.abs().max()
             if exact.dim() > 0 or "one variance" not in case.name:
                 assert error.max() <= 2 * plain_error.max() + allowance, f"shape {shape}, place {place}"
             scale = exact.abs().max().clamp_min(1e-30) ** 2
             ours_sum, plain_sum = squares.setdefault(place, [0.0, 0.0])
-            squares[place] = [ours_sum + float((error**2).mean() / scale), plain_sum + float((plain_error**2).mean() / scale)]
+            squares[place] = [
+                ours_sum + float((error**2).mean() / scale),
+                plain_sum + float((plain_error**2).mean() / scale),
+            ]
     for place, (ours_sum, plain_sum) in squares.items():  # over all shapes no allowance is needed
         assert math.sqrt(ours_sum) <= 2 * math.sqrt(plain_sum), f"place {place}"
 
@@ -83,7 +99,25 @@ def test_float64_agrees_with_the_oracle(case, device):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-HARD_LOGITS = [0.0, -0.0, 1e-40, -1e-40, 1e-5, 17.0, -17.0, 40.0, -40.0, 88.0, -88.0, 100.0, -100.0, 104.0, -150.0, 1e4, -1e4]
+HARD_LOGITS = [
+    0.0,
+    -0.0,
+    1e-40,
+    -1e-40,
+    1e-5,
+    17.0,
+    -17.0,
+    40.0,
+    -40.0,
+    88.0,
+    -88.0,
+    100.0,
+    -100.0,
+    104.0,
+    -150.0,
+    1e4,
+    -1e4,
+]
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0, 0.25])
@@ -94,7 +128,9 @@ def test_bernoulli_is_finite_and_exact_at_extreme_logits(target, device):
     (grad,) = torch.autograd.grad(out.sum(), logits)
     wide = logits.detach().double().requires_grad_()
     tail = torch.exp(-wide.abs())
-    exact = torch.where(wide > 0, (target - 1) * wide, target * wide).squeeze(1) - torch.log1p(tail).squeeze(1)
+    exact = torch.where(wide > 0, (target - 1) * wide, target * wide).squeeze(1) - torch.log1p(tail).squeeze(
+        1
+    )
     exact_grad = torch.where(wide > 0, (target - 1) + tail / (1 + tail), target - tail / (1 + tail))
     assert torch.isfinite(out).all() and torch.isfinite(grad).all()
     torch.testing.assert_close(out.double(), exact, rtol=3e-7, atol=1e-45)
@@ -156,16 +192,24 @@ def test_nan_stays_in_its_row(case, device):
         bad = torch.isnan(after) if per_row else torch.isnan(after).any(-1)
         assert bad[..., 2].all() and not bad[..., [0, 1, 3, 4]].any()
         keep = [0, 1, 3, 4]
-        assert torch.equal(after[..., keep] if per_row else after[..., keep, :], before[..., keep] if per_row else before[..., keep, :])
+        assert torch.equal(
+            after[..., keep] if per_row else after[..., keep, :],
+            before[..., keep] if per_row else before[..., keep, :],
+        )
 
 
-@pytest.mark.parametrize("x_dtype", [torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "x_dtype", [torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 def test_targets_of_any_dtype_give_the_same_value(x_dtype, dtype, device):
     generator = torch.Generator().manual_seed(5)
     x = torch.rand((4, 50), generator=generator).round().to(device)
     logits = (3 * torch.randn((2, 4, 50), generator=generator)).to(dtype).to(device)
     logvar = torch.randn((2, 4, 50), generator=generator).to(dtype).to(device)
-    assert torch.equal(vf.bernoulli_log_likelihood(logits, x.to(x_dtype)), vf.bernoulli_log_likelihood(logits, x))
     assert torch.equal(
-        vf.gaussian_log_likelihood(logits, logvar, x.to(x_dtype)), vf.gaussian_log_likelihood(logits, logvar, x)
+        vf.bernoulli_log_likelihood(logits, x.to(x_dtype)), vf.bernoulli_log_likelihood(logits, x)
+    )
+    assert torch.equal(
+        vf.gaussian_log_likelihood(logits, logvar, x.to(x_dtype)),
+        vf.gaussian_log_likelihood(logits, logvar, x),
     )

@@ -101,7 +101,7 @@ def test_binarised_pixels_have_the_probabilities_asked_for_and_are_sure_of_0_and
     assert abs(means[1] - 0.1) < 0.005 and abs(means[2] - 0.5) < 0.008
 
 
-# --- streams ----------------------------------------------------------------------------------------------
+# --- streams ------------------------------------------------------------------------------------------------
 
 
 def numbered(sizes: list[int]) -> Iterator[Tensor]:

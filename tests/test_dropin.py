@@ -73,11 +73,22 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-VIEWS = ("view", "expand", "t", "detach", "alias", "unsqueeze", "transpose", "as_strided", "permute", "select")
+VIEWS = (
+    "view",
+    "expand",
+    "t",
+    "detach",
+    "alias",
+    "unsqueeze",
+    "transpose",
+    "as_strided",
+    "permute",
+    "select",
+)
 
 
 def kernels_and_peak_bytes(loss_of):
-    """Names of the kernels of one forward and backward, and the most memory they held at a time beyond the inputs."""
+    """The kernels of one forward and backward by name, and the most bytes that they held at a time."""
     torch.manual_seed(0)
     model = ExampleVAE()
     x = torch.rand(512, 784)

@@ -13,11 +13,16 @@ def test_loss_modules_are_the_functions_averaged_over_datapoints():
     torch.manual_seed(0)
     mu, logvar, logits, x = torch.randn(6, 3), torch.randn(6, 3), torch.randn(6, 8), torch.rand(6, 8)
     assert torch.equal(vf.GaussianKL()(mu, logvar), vf.gaussian_kl(mu, logvar, reduction="mean"))
-    assert torch.equal(vf.BernoulliNLL()(logits, x), -vf.bernoulli_log_likelihood(logits, x, reduction="mean"))
-    assert torch.equal(vf.ELBOLoss(beta=3.0)(logits, x, mu, logvar), -vf.elbo(logits, x, mu, logvar, beta=3.0).elbo)
+    assert torch.equal(
+        vf.BernoulliNLL()(logits, x), -vf.bernoulli_log_likelihood(logits, x, reduction="mean")
+    )
+    assert torch.equal(
+        vf.ELBOLoss(beta=3.0)(logits, x, mu, logvar), -vf.elbo(logits, x, mu, logvar, beta=3.0).elbo
+    )
     assert torch.equal(vf.GaussianKL(reduction="none")(mu, logvar), vf.gaussian_kl(mu, logvar))
     assert torch.equal(
-        vf.Reparameterize(num_samples=2)(mu, logvar, seed=1), vf.reparameterize(mu, logvar, num_samples=2, seed=1)
+        vf.Reparameterize(num_samples=2)(mu, logvar, seed=1),
+        vf.reparameterize(mu, logvar, num_samples=2, seed=1),
     )
 
 

@@ -1,4 +1,5 @@
-"""Noise: the known answers of Philox, one sequence on every device and path, and the statistics of a normal."""
+"""Noise: the known answers of Philox, one sequence on every device and path, and the statistics of a
+normal."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from vae_fast.reference import philox4x32
 
 
 def test_philox_gives_the_known_answers_of_random123():
-    # Random123's kat_vectors, philox 4x32 10: (counter, key) -> output. The counter's upper half and, in these, every
-    # word is free; ours has the upper half zero, so the generator itself is checked through its raw rounds.
+    # Random123's kat_vectors, philox 4x32 10: (counter, key) -> output. The counter's upper half and, in
+    # these, every word is free; ours has the upper half zero, so the generator itself is checked through its
+    # raw rounds.
     words = philox4x32(torch.tensor([0]), 0)
     assert [f"{int(w):08x}" for w in words[0]] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
 
@@ -40,7 +42,12 @@ def test_the_operator_turns_the_known_answers_into_normals(device):
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 63, 64, 65, 1023, 1025, 5001])
 def test_every_length_and_seed_gives_the_sequence_of_the_oracle(count, seed, device):
     exact = vf.reference.philox_normal((count,), seed=seed, dtype=torch.float64)
-    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 6e-7), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
+    for dtype, tolerance in (
+        (torch.float64, 1e-13),
+        (torch.float32, 6e-7),
+        (torch.bfloat16, 8e-3),
+        (torch.float16, 1e-3),
+    ):
         ours = vf.philox_normal((count,), seed=seed, dtype=dtype, device=device).cpu()
         torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=1e-12)
 
@@ -62,7 +69,10 @@ def test_a_longer_draw_begins_with_the_shorter_one_and_shape_does_not_matter(dev
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (7, 20), (3, 784), (2, 1500), (2, 3, 5)])
 @pytest.mark.parametrize("num_samples", [None, 1, 3])
 def test_reparameterize_uses_exactly_this_noise(shape, num_samples, device, dtype):
-    mu, logvar = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+    mu, logvar = (
+        torch.zeros(shape, dtype=dtype, device=device),
+        torch.zeros(shape, dtype=dtype, device=device),
+    )
     z = vf.reparameterize(mu, logvar, num_samples=num_samples, seed=11)
     full = shape if num_samples is None else (num_samples, *shape)
     assert torch.equal(z, vf.philox_normal(full, seed=11, device=device).to(dtype))
@@ -70,7 +80,9 @@ def test_reparameterize_uses_exactly_this_noise(shape, num_samples, device, dtyp
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; run `python -m bench.gpu` where there is one")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU; run `python -m bench.gpu` where there is one"
+)
 def test_cpu_and_cuda_agree_to_two_units_in_the_last_place():
     cpu = vf.philox_normal((1 << 22,), seed=3)
     cuda = vf.philox_normal((1 << 22,), seed=3, device="cuda").cpu()
@@ -82,7 +94,8 @@ def test_cpu_and_cuda_agree_to_two_units_in_the_last_place():
 def test_every_instruction_set_gives_the_same_noise(capability, tmp_path):
     code = (
         "import torch, sys, vae_fast as vf\n"
-        "torch.save(vf.philox_normal((100_003,), seed=9), sys.argv[1]); print(vf.build_info()['cpu_capability'])"
+        "torch.save(vf.philox_normal((100_003,), seed=9), sys.argv[1])\n"
+        "print(vf.build_info()['cpu_capability'])"
     )
     path = tmp_path / "eps.pt"
     done = subprocess.run(
@@ -156,7 +169,9 @@ def test_manual_seed_and_generator_decide_the_noise(device):
     assert torch.equal(first, vf.reparameterize(mu, mu)) and not torch.equal(first, second)
     generator = torch.Generator(device).manual_seed(3)
     with_generator = vf.reparameterize(mu, mu, generator=generator)
-    assert torch.equal(with_generator, vf.reparameterize(mu, mu, generator=torch.Generator(device).manual_seed(3)))
+    assert torch.equal(
+        with_generator, vf.reparameterize(mu, mu, generator=torch.Generator(device).manual_seed(3))
+    )
 
 
 def test_seed_may_be_a_tensor_or_any_integer(device):

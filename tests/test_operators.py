@@ -1,4 +1,5 @@
-"""What every operator promises beside its value: derivatives, registration, compilation, memory layout, determinism."""
+"""What every operator promises beside its value: derivatives, registration, compilation, memory layout,
+determinism."""
 
 from __future__ import annotations
 
@@ -95,7 +96,11 @@ def test_opcheck(index, device):
 
 
 def test_opcheck_covers_every_operator():
-    names = {str(name).split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("vae_fast::")}
+    names = {
+        str(name).split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("vae_fast::")
+    }
     assert names == {op.default._schema.name.split("::")[1] for op, _ in samples("cpu")}
 
 
@@ -105,7 +110,9 @@ def step(mu, logvar, weight, x):
     bound = vf.elbo(logits, x, mu, logvar, beta=0.5)
     gaussian = vf.gaussian_log_likelihood(logits, torch.zeros((), device=mu.device), x, reduction="sum")
     other = vf.reparameterize(mu, logvar, seed=8, num_samples=2)
-    return bound.elbo + kl.mean() + gaussian + other.square().sum() + vf.gaussian_kl(mu, logvar, reduction="sum")
+    return (
+        bound.elbo + kl.mean() + gaussian + other.square().sum() + vf.gaussian_kl(mu, logvar, reduction="sum")
+    )
 
 
 @pytest.mark.parametrize("backend, dynamic", [("aot_eager", None), ("aot_eager", True), ("inductor", None)])
@@ -170,7 +177,9 @@ def test_under_autocast_losses_stay_float32_and_mixed_arguments_are_promoted(low
         assert vf.gaussian_kl(mu, mu).dtype == torch.float32
         assert vf.bernoulli_log_likelihood(mu, x).dtype == torch.float32
         assert torch.equal(vf.gaussian_kl(mu, logvar), vf.gaussian_kl(mu.float(), logvar))
-        assert torch.equal(vf.reparameterize(mu, logvar, seed=1), vf.reparameterize(mu.float(), logvar, seed=1))
+        assert torch.equal(
+            vf.reparameterize(mu, logvar, seed=1), vf.reparameterize(mu.float(), logvar, seed=1)
+        )
         assert torch.equal(
             vf.gaussian_log_likelihood(mu, logvar, x), vf.gaussian_log_likelihood(mu.float(), logvar, x)
         )
@@ -194,8 +203,12 @@ def test_memory_layout_does_not_matter(case, layout, device, dtype):
     for inputs in (strided, plain):
         leaves = [t.detach().requires_grad_(i < len(inputs) - case.constants) for i, t in enumerate(inputs)]
         outputs = case.fused(*leaves)
-        upstream = [out.new_ones(()).expand(out.shape) for out in outputs]  # stride 0, as .sum().backward() sends
-        results.append([*outputs, *torch.autograd.grad(outputs, [t for t in leaves if t.requires_grad], upstream)])
+        upstream = [
+            out.new_ones(()).expand(out.shape) for out in outputs
+        ]  # stride 0, as .sum().backward() sends
+        results.append(
+            [*outputs, *torch.autograd.grad(outputs, [t for t in leaves if t.requires_grad], upstream)]
+        )
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -206,7 +219,11 @@ def test_a_view_at_any_offset_is_read_and_written_right(offset, device, dtype):
     view = storage[offset : offset + 4 * 37].view(4, 37)
     before = storage.clone()
     x = torch.rand(4, 37, device=device)
-    for function in (lambda t: vf.gaussian_kl(t, t), lambda t: vf.bernoulli_log_likelihood(t, x), lambda t: vf.reparameterize(t, t, seed=1)):
+    for function in (
+        lambda t: vf.gaussian_kl(t, t),
+        lambda t: vf.bernoulli_log_likelihood(t, x),
+        lambda t: vf.reparameterize(t, t, seed=1),
+    ):
         assert torch.equal(function(view), function(view.clone()))
     assert torch.equal(storage, before)  # inputs are never written
 
@@ -247,12 +264,20 @@ def test_results_do_not_depend_on_the_number_of_threads():
         two = vf.bernoulli_log_likelihood(logits, x), vf.reparameterize_with_kl(logits, x, seed=SEED)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1][0], two[1][0]) and torch.equal(one[1][1], two[1][1])
+    assert (
+        torch.equal(one[0], two[0])
+        and torch.equal(one[1][0], two[1][0])
+        and torch.equal(one[1][1], two[1][1])
+    )
 
 
 def test_reductions_are_over_datapoints_only(device):
     torch.manual_seed(0)
-    mu, logvar, x = torch.randn(7, 3, device=device), torch.randn(7, 3, device=device), torch.rand(7, 3, device=device)
+    mu, logvar, x = (
+        torch.randn(7, 3, device=device),
+        torch.randn(7, 3, device=device),
+        torch.rand(7, 3, device=device),
+    )
     for function, args in (
         (vf.gaussian_kl, (mu, logvar)),
         (vf.bernoulli_log_likelihood, (mu, x)),
@@ -281,27 +306,73 @@ def test_a_variance_may_be_broadcast(device):
     ours = vf.gaussian_log_likelihood(mean, per_feature, x)
     torch.testing.assert_close(ours, vf.reference.gaussian_log_likelihood(mean, per_feature, x))
     (grad,) = torch.autograd.grad(ours.sum(), per_feature)
-    (exact,) = torch.autograd.grad(vf.reference.gaussian_log_likelihood(mean, per_feature, x).sum(), per_feature)
+    (exact,) = torch.autograd.grad(
+        vf.reference.gaussian_log_likelihood(mean, per_feature, x).sum(), per_feature
+    )
     torch.testing.assert_close(grad, exact)
 
 
 z4, z5 = torch.zeros(2, 4), torch.zeros(2, 5)
 REFUSALS = {
-    "shapes of mu and logvar": (lambda: vf.gaussian_kl(z4, z5), ValueError, r"logvar: got shape \[2, 5\], wanted \[2, 4\]"),
-    "dtypes of mu and logvar": (lambda: vf.gaussian_kl(z4, z4.double()), TypeError, "logvar: got dtype Double, wanted Float"),
+    "shapes of mu and logvar": (
+        lambda: vf.gaussian_kl(z4, z5),
+        ValueError,
+        r"logvar: got shape \[2, 5\], wanted \[2, 4\]",
+    ),
+    "dtypes of mu and logvar": (
+        lambda: vf.gaussian_kl(z4, z4.double()),
+        TypeError,
+        "logvar: got dtype Double, wanted Float",
+    ),
     "integers": (lambda: vf.gaussian_kl(z4.int(), z4.int()), TypeError, "mu: got dtype Int, wanted float32"),
-    "no features": (lambda: vf.gaussian_kl(torch.zeros(()), torch.zeros(())), ValueError, "mu: .* wanted \\[..., D\\]"),
+    "no features": (
+        lambda: vf.gaussian_kl(torch.zeros(()), torch.zeros(())),
+        ValueError,
+        "mu: .* wanted \\[..., D\\]",
+    ),
     "device": (lambda: vf.gaussian_kl(z4, z4.to("meta")), ValueError, "logvar: got device meta, wanted cpu"),
-    "target's shape": (lambda: vf.bernoulli_log_likelihood(z4, z5), ValueError, r"x: got shape \[2, 5\], wanted the last"),
-    "target's dtype": (lambda: vf.bernoulli_log_likelihood(z4, z4.long()), TypeError, "x: got dtype Long, wanted"),
-    "target larger than logits": (lambda: vf.bernoulli_log_likelihood(z4, z4[None]), ValueError, "x: got shape"),
-    "variance's shape": (lambda: vf.gaussian_log_likelihood(z4, z5, z4), ValueError, r"logvar: got shape \(2, 5\)"),
+    "target's shape": (
+        lambda: vf.bernoulli_log_likelihood(z4, z5),
+        ValueError,
+        r"x: got shape \[2, 5\], wanted the last",
+    ),
+    "target's dtype": (
+        lambda: vf.bernoulli_log_likelihood(z4, z4.long()),
+        TypeError,
+        "x: got dtype Long, wanted",
+    ),
+    "target larger than logits": (
+        lambda: vf.bernoulli_log_likelihood(z4, z4[None]),
+        ValueError,
+        "x: got shape",
+    ),
+    "variance's shape": (
+        lambda: vf.gaussian_log_likelihood(z4, z5, z4),
+        ValueError,
+        r"logvar: got shape \(2, 5\)",
+    ),
     "samples": (lambda: vf.reparameterize(z4, z4, num_samples=0), ValueError, "num_samples: got 0"),
-    "seed's dtype": (lambda: vf.reparameterize(z4, z4, seed=torch.zeros(1)), TypeError, "seed: got dtype Float"),
-    "seed's size": (lambda: vf.reparameterize(z4, z4, seed=torch.zeros(2).long()), ValueError, "seed: got shape"),
+    "seed's dtype": (
+        lambda: vf.reparameterize(z4, z4, seed=torch.zeros(1)),
+        TypeError,
+        "seed: got dtype Float",
+    ),
+    "seed's size": (
+        lambda: vf.reparameterize(z4, z4, seed=torch.zeros(2).long()),
+        ValueError,
+        "seed: got shape",
+    ),
     "reduction": (lambda: vf.gaussian_kl(z4, z4, reduction="avg"), ValueError, "reduction: got 'avg'"),
-    "datapoints of the bound": (lambda: vf.elbo(z4, z4, torch.zeros(3, 2), torch.zeros(3, 2)), ValueError, "mu: got shape"),
-    "noise of integers": (lambda: vf.philox_normal((3,), seed=1, dtype=torch.int32), TypeError, "dtype: got dtype Int"),
+    "datapoints of the bound": (
+        lambda: vf.elbo(z4, z4, torch.zeros(3, 2), torch.zeros(3, 2)),
+        ValueError,
+        "mu: got shape",
+    ),
+    "noise of integers": (
+        lambda: vf.philox_normal((3,), seed=1, dtype=torch.int32),
+        TypeError,
+        "dtype: got dtype Int",
+    ),
 }
 
 
@@ -323,7 +394,9 @@ def test_an_unknown_instruction_set_is_refused():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; run `python -m bench.gpu` where there is one")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU; run `python -m bench.gpu` where there is one"
+)
 class TestCuda:
     def test_each_replay_of_a_graph_draws_new_noise(self):
         mu = torch.zeros(8, 20, device="cuda")
@@ -359,7 +432,9 @@ class TestCuda:
         args = [torch.randn(s, device="cuda", requires_grad=True) for s in ((8, 4), (8, 4), (4, 10))]
         x = torch.rand(8, 10, device="cuda")
         for _ in range(4):
-            torch.testing.assert_close(torch.autograd.grad(compiled(*args, x), args), torch.autograd.grad(step(*args, x), args))
+            torch.testing.assert_close(
+                torch.autograd.grad(compiled(*args, x), args), torch.autograd.grad(step(*args, x), args)
+            )
 
     def test_more_than_two_to_the_31_elements(self):
         rows, cols = 2**22 + 1, 520

@@ -8,8 +8,8 @@ try:
     from . import _build_config as build
 except ImportError as error:
     raise ImportError(
-        "vae_fast has not been built: the compiled extension is missing. In the source folder run `pip install .` "
-        "(or `pip install -e .` to work on it)."
+        "vae_fast has not been built: the compiled extension is missing. "
+        "In the source folder run `pip install .` (or `pip install -e .` to work on it)."
     ) from error
 
 
@@ -17,12 +17,17 @@ def _release(version: str) -> tuple[str, ...]:
     return tuple(version.split("+")[0].split(".")[:2])
 
 
-_REBUILD = "Rebuild it against the torch that is installed now: `pip install --force-reinstall --no-deps .` in the source folder."
+_REBUILD = (
+    "Rebuild it against the torch that is installed now: "
+    "`pip install --force-reinstall --no-deps .` in the source folder."
+)
 
-if _release(torch.__version__) != _release(build.TORCH_VERSION) or (build.CUDA and torch.version.cuda != build.TORCH_CUDA):
+if _release(torch.__version__) != _release(build.TORCH_VERSION) or (
+    build.CUDA and torch.version.cuda != build.TORCH_CUDA
+):
     raise ImportError(
-        f"vae_fast was built for torch {build.TORCH_VERSION} (CUDA {build.TORCH_CUDA}), but torch {torch.__version__} "
-        f"(CUDA {torch.version.cuda}) is installed. {_REBUILD}"
+        f"vae_fast was built for torch {build.TORCH_VERSION} (CUDA {build.TORCH_CUDA}), "
+        f"but torch {torch.__version__} (CUDA {torch.version.cuda}) is installed. {_REBUILD}"
     )
 
 try:
@@ -37,8 +42,9 @@ except ImportError as error:
 def build_info() -> dict[str, object]:
     """What this installation is made of.
 
-    Keys: ``version``; ``torch`` and ``torch_built_with``; ``cuda`` (whether CUDA kernels are in this build), ``cuda_archs``,
-    ``nvcc``, ``why_no_cuda``; ``cpu_capability``, the instruction set in use ("avx512", "avx2" or "plain"); ``compiler``.
+    Keys: ``version``; ``torch`` and ``torch_built_with``; ``cuda`` (whether CUDA kernels are in this build),
+    ``cuda_archs``, ``nvcc``, ``why_no_cuda``; ``cpu_capability``, the instruction set in use ("avx512",
+    "avx2" or "plain"); ``compiler``.
     """
     from importlib.metadata import PackageNotFoundError, version
 

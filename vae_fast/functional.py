@@ -1,11 +1,12 @@
 """Drop-in functions: the terms of the variational bound, fused.
 
-All functions take ``[..., D]`` tensors, sum over the last dimension and speak nats. float32, float64, float16 and bfloat16
-are computed in float32 (float64 in float64) and accumulated there; losses come back in float32 (float64). Every function is
-differentiable twice, and works under ``torch.compile(fullgraph=True)``, autocast and CUDA graphs. The same functions in
-plain PyTorch are in :mod:`vae_fast.reference`.
+All functions take ``[..., D]`` tensors, sum over the last dimension and speak nats. float32, float64,
+float16 and bfloat16 are computed in float32 (float64 in float64) and accumulated there; losses come back in
+float32 (float64). Every function is differentiable twice, and works under ``torch.compile(fullgraph=True)``,
+autocast and CUDA graphs. The same functions in plain PyTorch are in :mod:`vae_fast.reference`.
 
-Source: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114; equation numbers are the paper's.
+Source: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114; equation numbers are the
+paper's.
 """
 
 from __future__ import annotations
@@ -41,18 +42,22 @@ def reparameterize(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A sample of N(mu, diag(exp(logvar))): z = mu + exp(logvar / 2) * eps, eps ~ N(0, I) (equation 4, section 2.4).
+    """A sample of N(mu, diag(exp(logvar))): z = mu + exp(logvar / 2) * eps, eps ~ N(0, I) (equation 4,
+    section 2.4).
 
     Args:
         mu, logvar: ``[..., Z]``, of one shape, dtype and device.
-        num_samples: None for one sample per datapoint; an integer L for L of them, in a new leading dimension.
+        num_samples: None for one sample per datapoint; an integer L for L of them, in a new leading
+        dimension.
         seed: makes eps a pure function of (seed, element index), the same on every device:
-            ``philox_normal(z.shape, seed=seed)``. A Python int (its 64 low bits) or an int64 tensor of one element on the
-            device of ``mu``. None draws one from ``generator``, or from torch's default generator of the device.
+            ``philox_normal(z.shape, seed=seed)``. A Python int (its 64 low bits) or an int64 tensor of one
+            element on the device of ``mu``. None draws one from ``generator``, or from torch's default
+            generator of the device.
         generator: where the seed comes from when there is none.
 
     Returns:
-        z ``[..., Z]`` or ``[num_samples, ..., Z]``, in the dtype of ``mu``. eps is not stored: backward makes it again.
+        z ``[..., Z]`` or ``[num_samples, ..., Z]``, in the dtype of ``mu``. eps is not stored: backward
+        makes it again.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message names the argument.
@@ -61,11 +66,13 @@ def reparameterize(
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
-    """KL(N(mu, diag(exp(logvar))) || N(0, I)) = -1/2 sum_j (1 + logvar_j - mu_j^2 - exp(logvar_j)) (equation 10).
+    """KL(N(mu, diag(exp(logvar))) || N(0, I)) = -1/2 sum_j (1 + logvar_j - mu_j^2 - exp(logvar_j)) (equation
+    10).
 
     Args:
         mu, logvar: ``[..., Z]``, of one shape, dtype and device.
-        reduction: "none" gives one value per datapoint; "mean" and "sum" reduce over datapoints (never over latents).
+        reduction: "none" gives one value per datapoint; "mean" and "sum" reduce over datapoints (never over
+        latents).
 
     Returns:
         ``[...]`` in nats, or a scalar.
@@ -84,19 +91,23 @@ def reparameterize_with_kl(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(reparameterize(mu, logvar, ...), gaussian_kl(mu, logvar))`` in one pass over mu and logvar, each way.
+    """``(reparameterize(mu, logvar, ...), gaussian_kl(mu, logvar))`` in one pass over mu and logvar, each
+    way.
 
-    Arguments and errors are those of :func:`reparameterize`; the divergence is ``[...]``, one value per datapoint.
+    Arguments and errors are those of :func:`reparameterize`; the divergence is ``[...]``, one value per
+    datapoint.
     """
-    z, kl = _ops.reparameterize_with_kl_forward(mu, logvar, _seed_tensor(seed, mu.device, generator), num_samples)
+    z, kl = _ops.reparameterize_with_kl_forward(
+        mu, logvar, _seed_tensor(seed, mu.device, generator), num_samples
+    )
     return z, kl
 
 
 def bernoulli_log_likelihood(logits: Tensor, x: Tensor, *, reduction: str = "none") -> Tensor:
     """log p(x|z) = sum_i x_i log y_i + (1 - x_i) log(1 - y_i), y = sigmoid(logits) (equation 11).
 
-    Finite, with exact gradients, for logits of any size. ``-bernoulli_log_likelihood`` is the binary cross-entropy with
-    logits, summed over features.
+    Finite, with exact gradients, for logits of any size. ``-bernoulli_log_likelihood`` is the binary
+    cross-entropy with logits, summed over features.
 
     Args:
         logits: ``[..., D]``; may carry latent samples in front: ``[L, ..., D]`` against x ``[..., D]``.
@@ -117,7 +128,8 @@ def gaussian_log_likelihood(mean: Tensor, logvar: Tensor, x: Tensor, *, reductio
 
     Args:
         mean: ``[..., D]``; may carry latent samples in front: ``[L, ..., D]`` against x ``[..., D]``.
-        logvar: like mean, or broadcast to it; one element for a variance shared by everything, learned or fixed
+        logvar: like mean, or broadcast to it; one element for a variance shared by everything, learned or
+        fixed
             (squared error, correctly scaled), which costs no memory.
         x: ``[..., D]``, floating-point, uint8 or bool.
         reduction: "none" gives one value per datapoint (and sample); "mean" and "sum" reduce over those.
@@ -133,8 +145,11 @@ def gaussian_log_likelihood(mean: Tensor, logvar: Tensor, x: Tensor, *, reductio
     return reduce(_ops.gaussian_log_likelihood_forward(mean, logvar, x), reduction)
 
 
-def elbo(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, beta: float = 1.0, reduction: str = "mean") -> ELBO:
-    """The variational bound by SGVB-B, log p(x|z) - beta * KL(q(z|x) || p(z)), for a Bernoulli decoder (equations 7, 10).
+def elbo(
+    logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, beta: float = 1.0, reduction: str = "mean"
+) -> ELBO:
+    """The variational bound by SGVB-B, log p(x|z) - beta * KL(q(z|x) || p(z)), for a Bernoulli decoder
+    (equations 7, 10).
 
     The loss to minimise is ``-elbo(...).elbo``.
 
@@ -153,7 +168,9 @@ def elbo(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, beta: float =
     """
     kl = gaussian_kl(mu, logvar)
     if x.shape[:-1] != kl.shape:
-        raise ValueError(f"mu: got shape {tuple(mu.shape)}, wanted {(*x.shape[:-1], 'Z')}, the datapoints of x")
+        raise ValueError(
+            f"mu: got shape {tuple(mu.shape)}, wanted {(*x.shape[:-1], 'Z')}, the datapoints of x"
+        )
     log_likelihood = average_samples(bernoulli_log_likelihood(logits, x), kl.dim())
     terms = (log_likelihood - beta * kl, log_likelihood, kl)
     return ELBO(*(reduce(term, reduction) for term in terms))
@@ -168,9 +185,10 @@ def philox_normal(
 ) -> Tensor:
     """The noise that :func:`reparameterize` uses: standard normals, a pure function of (seed, element index).
 
-    Element i, counted in row-major order, comes from lane i mod 4 of Philox4x32-10 counter i div 4 (Salmon et al., SC 2011)
-    through the Box-Muller transform, so a longer draw begins with the shorter one, and CPU and CUDA agree (the transform to
-    within 2 units in the last place). float16 and bfloat16 are rounded from float32.
+    Element i, counted in row-major order, comes from lane i mod 4 of Philox4x32-10 counter i div 4 (Salmon
+    et al., SC 2011) through the Box-Muller transform, so a longer draw begins with the shorter one, and CPU
+    and CUDA agree (the transform to within 2 units in the last place). float16 and bfloat16 are rounded from
+    float32.
 
     Raises:
         TypeError: dtype is not floating-point, or a seed tensor is not int64.
@@ -180,13 +198,17 @@ def philox_normal(
     return _ops.philox_normal(shape, _seed_tensor(seed, device, None), dtype)
 
 
-def _seed_tensor(seed: int | Tensor | None, device: torch.device, generator: torch.Generator | None) -> Tensor:
+def _seed_tensor(
+    seed: int | Tensor | None, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
     if isinstance(seed, Tensor):
         return seed
     if seed is None:
         # randint's upper bound is exclusive: 2**63 - 1 itself is never drawn.
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
-    return torch.full((1,), signed64(seed), dtype=torch.int64, device=device)  # a fill: no copy from the host, no sync
+    return torch.full(
+        (1,), signed64(seed), dtype=torch.int64, device=device
+    )  # a fill: no copy from the host, no sync
 
 
 def _broadcast(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Tensor:
@@ -194,6 +216,6 @@ def _broadcast(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Ten
         return tensor.expand(other.shape)
     except RuntimeError as error:
         raise ValueError(
-            f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(other.shape)}, the shape of {other_name}, "
-            "or one that broadcasts to it, or one element"
+            f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(other.shape)}, "
+            f"the shape of {other_name}, or one that broadcasts to it, or one element"
         ) from error

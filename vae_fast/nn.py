@@ -44,7 +44,8 @@ class GaussianKL(nn.Module):
 
 
 class BernoulliNLL(nn.Module):
-    """-log p(x|z) of a Bernoulli decoder as a loss module, in nats; see :func:`vae_fast.bernoulli_log_likelihood`.
+    """-log p(x|z) of a Bernoulli decoder as a loss module, in nats; see
+    :func:`vae_fast.bernoulli_log_likelihood`.
 
     The default averages over datapoints (and sums over features, as always).
     """
@@ -77,12 +78,15 @@ def _hidden_layers(widths: Sequence[int], activation: str) -> nn.Sequential:
 
 
 class MLPEncoder(nn.Module):
-    """q(z|x) = N(mu, diag(exp(logvar))): hidden layers, then one linear head each for mu and logvar (appendix C.2).
+    """q(z|x) = N(mu, diag(exp(logvar))): hidden layers, then one linear head each for mu and logvar
+    (appendix C.2).
 
     x ``[..., data_dim]`` to ``(mu, logvar)``, each ``[..., latent_dim]``.
     """
 
-    def __init__(self, data_dim: int, hidden_dims: Sequence[int], latent_dim: int, activation: str = "tanh") -> None:
+    def __init__(
+        self, data_dim: int, hidden_dims: Sequence[int], latent_dim: int, activation: str = "tanh"
+    ) -> None:
         super().__init__()
         widths = [data_dim, *hidden_dims]
         self.hidden = _hidden_layers(widths, activation)
@@ -95,7 +99,8 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """p(x|z): hidden layers, then the logits of a Bernoulli or the mean and log-variance of a Gaussian (appendix C).
+    """p(x|z): hidden layers, then the logits of a Bernoulli or the mean and log-variance of a Gaussian
+    (appendix C).
 
     z ``[..., latent_dim]`` to logits ``[..., data_dim]``, or to ``(mean, logvar)``, each ``[..., data_dim]``.
     ``mean_activation="sigmoid"`` keeps the Gaussian mean in (0, 1), as the paper does for Frey Face.
@@ -144,12 +149,16 @@ class VAE(nn.Module):
         data_dim: number of features D of a datapoint.
         hidden_dims: widths of the encoder's hidden layers; the decoder has them in reverse order.
         latent_dim: number of latent variables.
-        likelihood: "bernoulli" (decoder returns logits) or "gaussian" (decoder returns mean and log-variance).
+        likelihood: "bernoulli" (decoder returns logits) or "gaussian" (decoder returns mean and
+        log-variance).
         activation: of the hidden layers, "tanh" (the paper's) or "relu".
         mean_activation: "sigmoid" keeps a Gaussian mean in (0, 1); None leaves it linear.
-        init: "paper" draws weights and hidden biases from N(0, 0.01**2) and sets the encoder's log-variance layer and the
-            biases of the outputs to zero; "torch" keeps nn.Linear's own, the better choice for several hidden layers.
-        seed: makes the initial values a function of this number; None draws it from torch's default generator.
+        init: "paper" draws weights and hidden biases from N(0, 0.01**2) and sets the encoder's log-variance
+        layer and the
+            biases of the outputs to zero; "torch" keeps nn.Linear's own, the better choice for several
+            hidden layers.
+        seed: makes the initial values a function of this number; None draws it from torch's default
+        generator.
         encoder, decoder: modules to use instead; then the arguments above other than likelihood are not used.
     """
 
@@ -183,9 +192,14 @@ class VAE(nn.Module):
             return
         if data_dim is None or latent_dim is None:
             raise ValueError(
-                f"data_dim, latent_dim: got {data_dim} and {latent_dim}, wanted two positive integers, or encoder= and decoder="
+                f"data_dim, latent_dim: got {data_dim} and {latent_dim}, wanted two positive integers, "
+                "or encoder= and decoder="
             )
-        for name, width in (("data_dim", data_dim), ("latent_dim", latent_dim), *(("hidden_dims", w) for w in hidden_dims)):
+        for name, width in (
+            ("data_dim", data_dim),
+            ("latent_dim", latent_dim),
+            *(("hidden_dims", w) for w in hidden_dims),
+        ):
             if width < 1:
                 raise ValueError(f"{name}: got {width}, wanted a positive integer")
         self.config = {
@@ -198,7 +212,9 @@ class VAE(nn.Module):
             "init": init,
         }
         self.encoder = MLPEncoder(data_dim, hidden_dims, latent_dim, activation)
-        self.decoder = MLPDecoder(latent_dim, tuple(hidden_dims)[::-1], data_dim, likelihood, activation, mean_activation)
+        self.decoder = MLPDecoder(
+            latent_dim, tuple(hidden_dims)[::-1], data_dim, likelihood, activation, mean_activation
+        )
         if init == "paper":
             self._init_as_the_paper(seed)
         elif seed is not None:
@@ -215,7 +231,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def _init_as_the_paper(self, seed: int | None) -> None:
-        """N(0, 0.01**2) for weights and hidden biases, zero for q's log-variance layer and the outputs' biases."""
+        """N(0, 0.01**2) for weights and hidden biases, 0 for q's log-variance layer and output biases."""
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         for position, (name, parameter) in enumerate(self.named_parameters()):
@@ -227,7 +243,12 @@ class VAE(nn.Module):
                 parameter.copy_(0.01 * F.philox_normal(parameter.shape, seed=stream))
 
     def forward(
-        self, x: Tensor, *, num_samples: int | None = None, beta: float = 1.0, seed: int | Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        num_samples: int | None = None,
+        beta: float = 1.0,
+        seed: int | Tensor | None = None,
     ) -> F.ELBO:
         """The bound of each datapoint by SGVB-B (equation 7), in nats.
 
@@ -246,7 +267,7 @@ class VAE(nn.Module):
         return F.gaussian_log_likelihood(mean, logvar, x)
 
     def decode_mean(self, z: Tensor) -> Tensor:
-        """E[x|z]: the Bernoulli's probabilities or the Gaussian's mean; ``[..., latent_dim]`` to ``[..., D]``."""
+        """E[x|z]: the Bernoulli's probabilities or the Gaussian's mean, ``[..., D]``."""
         decoded = self.decoder(z)
         return torch.sigmoid(decoded) if self.likelihood == "bernoulli" else decoded[0]
 
@@ -254,7 +275,9 @@ class VAE(nn.Module):
     def sample(self, n: int, *, seed: int | None = None) -> Tensor:
         """E[x|z] for n draws z from the prior N(0, I); ``[n, D]``."""
         if self.latent_dim is None:
-            raise ValueError("latent_dim: got None, wanted the number of latent variables: pass latent_dim= to VAE")
+            raise ValueError(
+                "latent_dim: got None, wanted the number of latent variables: pass latent_dim= to VAE"
+            )
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         like = next(self.parameters())

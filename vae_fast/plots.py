@@ -298,13 +298,10 @@ def manifold(
         variance: Var_x(E_q[z]) per unit, ``[latent_dim]``, needed with more than two latents.
     """
     images, units = _manifold(model, n, variance)
-    if len(units) == 1:
-        columns, title = n, "The latent axis"
-    else:
-        columns, title = n, "The latent plane"
-        if model.latent_dim > 2:
-            title = f"Latent units {units[0] + 1} and {units[1] + 1}, the two most active; the other {model.latent_dim - 2} at 0"
-    return _picture(tile(images, image_shape, columns, gap=0, value_range=value_range), title)
+    title = "The latent axis" if len(units) == 1 else "The latent plane"
+    if model.latent_dim > 2:
+        title = f"Two most active latents ({units[0] + 1}, {units[1] + 1}), others at 0"
+    return _picture(tile(images, image_shape, n, gap=0, value_range=value_range), title)
 
 
 def most_active(variance: Any, count: int = 2) -> list[int]:

@@ -1,10 +1,10 @@
 """The operators of vae_fast in plain PyTorch, written as the paper writes them.
 
-This module is the oracle of the tests and the baseline of the benchmarks. It has the public names and signatures of
-:mod:`vae_fast.functional` and imports nothing of ours.
+This module is the oracle of the tests and the baseline of the benchmarks. It has the public names and
+signatures of :mod:`vae_fast.functional` and imports nothing of ours.
 
-Sources: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114 (equation numbers below); Salmon, Moraes,
-Dror & Shaw, *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011 (Philox4x32-10).
+Sources: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114 (equation numbers below);
+Salmon, Moraes, Dror & Shaw, *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011 (Philox4x32-10).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- noise -----------------------------------------------------------------------------------------------------------
+# --- noise
+# -----------------------------------------------------------------------------------------------------------
 
 _MASK32 = 0xFFFFFFFF
 
@@ -49,9 +50,12 @@ _MASK32 = 0xFFFFFFFF
 def philox4x32(counter: Tensor, seed: int | Tensor, rounds: int = 10) -> Tensor:
     """Philox4x32: four 32-bit words for every 64-bit counter, as int64 values in [0, 2**32).
 
-    counter: int64 ``[n]``, used as the counter words (low, high, 0, 0). seed: the 64-bit key. Returns ``[n, 4]``.
+    counter: int64 ``[n]``, used as the counter words (low, high, 0, 0). seed: the 64-bit key. Returns ``[n,
+    4]``.
     """
-    key = torch.as_tensor(signed64(seed) if isinstance(seed, int) else seed, device=counter.device).reshape(())
+    key = torch.as_tensor(signed64(seed) if isinstance(seed, int) else seed, device=counter.device).reshape(
+        ()
+    )
     k0, k1 = key & _MASK32, (key >> 32) & _MASK32
     c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
     c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
@@ -81,8 +85,8 @@ def philox_normal(
 ) -> Tensor:
     """Standard normal noise that is a pure function of (seed, element index in row-major order).
 
-    Element i comes from lane i mod 4 of Philox counter i div 4. Lanes 0, 1 and lanes 2, 3 are Box-Muller pairs
-    (w, w'): u = (w + 1/2) / 2**32 in (0, 1), angle = pi * int32(w') / 2**31, and the pair of normals is
+    Element i comes from lane i mod 4 of Philox counter i div 4. Lanes 0, 1 and lanes 2, 3 are Box-Muller
+    pairs (w, w'): u = (w + 1/2) / 2**32 in (0, 1), angle = pi * int32(w') / 2**31, and the pair of normals is
     sqrt(-2 ln u) * (cos angle, sin angle). Computed in float64 here and rounded once.
     """
     count = math.prod(shape)
@@ -101,7 +105,8 @@ def philox_normal(
     return normals.reshape(-1)[:count].reshape(tuple(shape)).to(dtype)
 
 
-# --- the estimator's terms -------------------------------------------------------------------------------------------
+# --- the estimator's terms
+# -------------------------------------------------------------------------------------------
 
 
 def reparameterize(
@@ -122,7 +127,7 @@ def reparameterize(
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, I)) = -1/2 sum_j (1 + logvar_j - mu_j^2 - exp(logvar_j)) (equation 10)."""
+    """KL(N(mu, exp(logvar)) || N(0, I)) = -1/2 sum_j (1 + logvar_j - mu_j^2 - exp(logvar_j)), equation 10."""
     mu, logvar = mu.to(loss_dtype(mu.dtype)), logvar.to(loss_dtype(logvar.dtype))
     return reduce(-0.5 * torch.sum(1 + logvar - mu**2 - torch.exp(logvar), dim=-1), reduction)
 
@@ -152,13 +157,15 @@ def gaussian_log_likelihood(mean: Tensor, logvar: Tensor, x: Tensor, *, reductio
     """log p(x|z) = -1/2 sum_i (log 2 pi + logvar_i + (x_i - mean_i)^2 / exp(logvar_i)) (equation 12)."""
     dtype = loss_dtype(mean.dtype)
     mean, logvar, x = torch.broadcast_tensors(mean.to(dtype), logvar.to(dtype), x.to(dtype))
-    return reduce(-0.5 * torch.sum(math.log(2 * math.pi) + logvar + (x - mean) ** 2 / logvar.exp(), -1), reduction)
+    return reduce(
+        -0.5 * torch.sum(math.log(2 * math.pi) + logvar + (x - mean) ** 2 / logvar.exp(), -1), reduction
+    )
 
 
 def elbo(
     logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, beta: float = 1.0, reduction: str = "mean"
 ) -> ELBO:
-    """SGVB-B: log p(x|z) averaged over latent samples, minus beta times the KL divergence (equations 7 and 10)."""
+    """SGVB-B: log p(x|z) averaged over latent samples, minus beta times the KL divergence (equations 7, 10)."""
     kl = gaussian_kl(mu, logvar)
     log_likelihood = average_samples(bernoulli_log_likelihood(logits, x), kl.dim())
     terms = (log_likelihood - beta * kl, log_likelihood, kl)

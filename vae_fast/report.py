@@ -225,7 +225,7 @@ def _paper_section(trainer: Trainer, last: HistoryRow, paper: plots.PaperCurve |
     if end is not None:
         rows.append([f"{PAPER_END:,}", "not trained so long" if last.samples < PAPER_END else "", _signed(end), ""])
         if last.samples < PAPER_END:
-            said += f" The paper trained on: {PAPER_END / last.samples:,.3g} times as many samples as this run took it to {_signed(end)}."
+            said += f" Its curve goes on to {_signed(end)} at {PAPER_END:,} samples, {PAPER_END / last.samples:,.3g} times as many."
     differences = _differences(trainer)
     listed = f"<p>Not quite the same work. Here: {escape('; '.join(differences))}.</p>" if differences else ""
     return _section(
@@ -298,11 +298,13 @@ def _pictures(
     found = [_figure_section(plots.reconstructions(x, xhat, **options), said)]
     if drawn is not None:
         found += [
+            '<div class="columns">',
             _figure_section(plots.samples(model, seed=trainer.settings.seed, **options), "E[x | z] for draws of z from N(0, I)."),
             _figure_section(
                 plots.manifold(model, 20, variance=activity.variance, **options),
                 "E[x | z] at the quantiles (i + ½) / 20 of the prior: each image stands for an equal share of it.",
             ),
+            "</div>",
         ]
     return [*found, bars]
 
@@ -472,7 +474,7 @@ dl div { background: var(--panel); border-radius: .6rem; padding: .9rem 1.1rem 1
 dt { font-size: .85rem; color: var(--quiet); }
 dd { margin: 0; font-size: 1.65rem; font-weight: 600; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
 small { display: block; font-size: .8rem; line-height: 1.35; color: var(--quiet); }
-section, details { margin-top: 2.8rem; }
+section, details { margin-top: 2.8rem; min-width: 0; }
 figure { margin: 0; }
 figure p { margin: 0 0 .8rem; max-width: 46rem; overflow-wrap: anywhere; }
 figcaption { margin-top: .7rem; max-width: 46rem; font-size: .875rem; color: var(--quiet); }
@@ -488,7 +490,8 @@ td { overflow-wrap: anywhere; }
 .numbers th, .numbers td { text-align: right; padding: .38rem 0 .38rem 1.6rem; white-space: nowrap; }
 .numbers th:first-child, .numbers td:first-child { text-align: left; padding-left: 0; }
 .wide { overflow-x: auto; margin: 0 0 .8rem; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.5rem 3rem; align-items: start; }
+section + .columns { gap: 0 3rem; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.5rem 3rem; align-items: start; }
 pre { margin: .3rem 0 1rem; padding: .8rem 1rem; background: var(--panel); border-radius: .5rem; overflow-x: auto;
   font: .875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 summary { cursor: pointer; font-weight: 600; margin-bottom: .8rem; }

@@ -47,10 +47,13 @@ Capability chosen_capability() {
   const char* asked = std::getenv("VAE_FAST_CPU_CAPABILITY");
   if (!asked || !*asked) return best;
   const std::string name(asked);
-  const Capability wanted = name == "avx512" ? Capability::avx512 : name == "avx2" ? Capability::avx2 : Capability::plain;
+  const Capability wanted = name == "avx512" ? Capability::avx512
+                            : name == "avx2" ? Capability::avx2
+                                             : Capability::plain;
   if ((wanted == Capability::plain && name != "plain") || wanted > best)
-    throw std::runtime_error("VAE_FAST_CPU_CAPABILITY: got \"" + name +
-                             "\", wanted \"plain\", \"avx2\" or \"avx512\", and one that this processor and build have");
+    throw std::runtime_error(
+        "VAE_FAST_CPU_CAPABILITY: got \"" + name +
+        "\", wanted \"plain\", \"avx2\" or \"avx512\", and one that this processor and build have");
   return wanted;
 }
 

@@ -191,12 +191,11 @@ void reparameterize_forward(const ReparameterizeForward& a, int64_t begin, int64
         M::store(z + c, reparameterize(m, lv, M::load(noise.at(row + c, n, last), n)), n);
       };
       if (a.kl && s == 0) {
-        static_cast<Scalar<T>*>(a.kl)[r] =
-            static_cast<Scalar<T>>(row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
-              V m = M::load(mu + c, n), lv = M::load(logvar + c, n);
-              sample(c, n, m, lv);
-              return gaussian_kl(m, lv);
-            }));
+        static_cast<Scalar<T>*>(a.kl)[r] = static_cast<Scalar<T>>(row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
+          V m = M::load(mu + c, n), lv = M::load(logvar + c, n);
+          sample(c, n, m, lv);
+          return gaussian_kl(m, lv);
+        }));
       } else {
         for_each_vector<V>(0, a.cols,
                            [&](int64_t c, int64_t n) { sample(c, n, M::load(mu + c, n), M::load(logvar + c, n)); });
@@ -268,7 +267,8 @@ void reparameterize_double_backward(const ReparameterizeDoubleBackward& a, int64
     sum_samples<T>(a.grad_z, a.samples, elements, b, e - b, noise, sum, weighted);
     for_each_vector<V>(b, e, [&](int64_t i, int64_t n) {
       V scale = constant<V>(0.25) * standard_deviation(M::load(logvar + i, n));
-      M::store(static_cast<T*>(a.grad_logvar) + i, M::load(v_logvar + i, n) * scale * M::load(weighted + (i - b), n), n);
+      M::store(static_cast<T*>(a.grad_logvar) + i, M::load(v_logvar + i, n) * scale * M::load(weighted + (i - b), n),
+               n);
     });
     for (int64_t s = 0; s < a.samples; ++s) {
       T* out = static_cast<T*>(a.ggrad_z) + s * elements;
@@ -300,10 +300,9 @@ void bernoulli_forward(const BernoulliForward& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const T* logits = static_cast<const T*>(a.logits) + r * a.cols;
     const X* x = static_cast<const X*>(a.x) + (r % a.x_rows) * a.cols;
-    static_cast<Scalar<T>*>(a.log_likelihood)[r] =
-        static_cast<Scalar<T>>(row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
-          return bernoulli_log_likelihood(M::load(logits + c, n), M::load(x + c, n));
-        }));
+    static_cast<Scalar<T>*>(a.log_likelihood)[r] = static_cast<Scalar<T>>(row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
+      return bernoulli_log_likelihood(M::load(logits + c, n), M::load(x + c, n));
+    }));
   }
 }
 
@@ -350,7 +349,9 @@ struct LogVariance {
   bool scalar;
   V first;
   LogVariance(const void* logvar, bool is_scalar)
-      : values(static_cast<const T*>(logvar)), scalar(is_scalar), first(is_scalar ? Memory<V>::broadcast(values) : V{}) {}
+      : values(static_cast<const T*>(logvar)),
+        scalar(is_scalar),
+        first(is_scalar ? Memory<V>::broadcast(values) : V{}) {}
   VAE_FAST_INLINE V at(int64_t i, int64_t n) const { return scalar ? first : Memory<V>::load(values + i, n); }
 };
 
@@ -363,11 +364,10 @@ void gaussian_forward(const GaussianForward& a, int64_t begin, int64_t end) {
     const int64_t row = r * a.cols;
     const T* mean = static_cast<const T*>(a.mean) + row;
     const X* x = static_cast<const X*>(a.x) + (r % a.x_rows) * a.cols;
-    static_cast<Scalar<T>*>(a.log_likelihood)[r] =
-        static_cast<Scalar<T>>(row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
-          V lv = logvar.at(row + c, n);
-          return GaussianResidual<V>(M::load(mean + c, n), lv, M::load(x + c, n)).log_likelihood(lv);
-        }));
+    static_cast<Scalar<T>*>(a.log_likelihood)[r] = static_cast<Scalar<T>>(row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
+      V lv = logvar.at(row + c, n);
+      return GaussianResidual<V>(M::load(mean + c, n), lv, M::load(x + c, n)).log_likelihood(lv);
+    }));
   }
 }
 
@@ -434,8 +434,8 @@ void gaussian_double_backward(const GaussianDoubleBackward& a, int64_t begin, in
 
 // --- one entry per kernel --------------------------------------------------------------------------------------------
 
-#define VAE_FAST_RUN(Args, kernel)                             \
-  void run(const Args& a, int64_t begin, int64_t end) {        \
+#define VAE_FAST_RUN(Args, kernel)                                           \
+  void run(const Args& a, int64_t begin, int64_t end) {                      \
     with_type(a.dtype, [&](auto t) { kernel<decltype(t)>(a, begin, end); }); \
   }
 VAE_FAST_RUN(GaussianKLForward, gaussian_kl_forward)
@@ -447,10 +447,9 @@ VAE_FAST_RUN(ReparameterizeDoubleBackward, reparameterize_double_backward)
 VAE_FAST_RUN(PhiloxNormal, philox_normal)
 #undef VAE_FAST_RUN
 
-#define VAE_FAST_RUN(Args, kernel)                                                         \
-  void run(const Args& a, int64_t begin, int64_t end) {                                    \
-    with_types(a.dtype, a.x_dtype,                                                         \
-               [&](auto t, auto x) { kernel<decltype(t), decltype(x)>(a, begin, end); });  \
+#define VAE_FAST_RUN(Args, kernel)                                                                            \
+  void run(const Args& a, int64_t begin, int64_t end) {                                                       \
+    with_types(a.dtype, a.x_dtype, [&](auto t, auto x) { kernel<decltype(t), decltype(x)>(a, begin, end); }); \
   }
 VAE_FAST_RUN(BernoulliForward, bernoulli_forward)
 VAE_FAST_RUN(BernoulliBackward, bernoulli_backward)

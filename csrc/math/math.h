@@ -35,9 +35,9 @@ VAE_FAST_INLINE V expm1_reduced(V r) {
   return Math<V>::fma(p * r, r, r);
 }
 
-// log(1 + f) = 2 atanh(s), s = f / (2 + f), for f in [sqrt(1/2) - 1, 1]: 2 s + s y q(y), y = s^2 <= 1/9; Chebyshev fit of
-// q, error 1e-9 of the result. Written as f - (f^2/2 - s (f^2/2 + y q)), which is the same and rounds last what is largest.
-// Accurate near f = 0, where the log of a rounded 1 + f would not be.
+// log(1 + f) = 2 atanh(s), s = f / (2 + f), for f in [sqrt(1/2) - 1, 1]: 2 s + s y q(y), y = s^2 <= 1/9; Chebyshev fit
+// of q, error 1e-9 of the result. Written as f - (f^2/2 - s (f^2/2 + y q)), which is the same and rounds last what is
+// largest. Accurate near f = 0, where the log of a rounded 1 + f would not be.
 template <class V>
 VAE_FAST_INLINE V log1p_polynomial(V f) {
   V s = f / (f + constant<V>(2.0));

@@ -1,9 +1,9 @@
 // Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror & Shaw, "Parallel Random Numbers: As Easy as
 // 1, 2, 3", SC 2011, and the standard normals made of it. Noise is a pure function of (seed, element index):
 //
-//   element i is lane i mod 4 of counter (low32(i div 4), high32(i div 4), 0, 0) under the key (low32(seed), high32(seed));
-//   lanes (0, 1) and (2, 3) are Box-Muller pairs (w, w'):  u = (w + 1/2) / 2^32,  angle = pi int32(w') / 2^31,
-//   normals sqrt(-2 ln u) cos(angle), sqrt(-2 ln u) sin(angle).
+//   element i is lane i mod 4 of counter (low32(i div 4), high32(i div 4), 0, 0) under the key (low32(seed),
+//   high32(seed)); lanes (0, 1) and (2, 3) are Box-Muller pairs (w, w'):  u = (w + 1/2) / 2^32,  angle = pi int32(w') /
+//   2^31, normals sqrt(-2 ln u) cos(angle), sqrt(-2 ln u) sin(angle).
 //
 // float and double round the same exact normal, so a float32 run and its float64 oracle share their noise; the
 // float path errs by a few units in the last place everywhere (tests/test_noise.py), on CPU and GPU alike.
@@ -47,7 +47,8 @@ VAE_FAST_INLINE void box_muller(typename Math<V>::Uint w_radius, typename Math<V
   V complement = (M::from_uint(~w_radius) + 0.5f) * -2.3283064365386962890625e-10f;  // -2^-32
   V f = exponent == V{} ? complement : mantissa - 1.0f;
   // ln 2 in two parts: the product with the first is exact
-  V log_u = M::fma(exponent, constant<V>(0.693359375), M::fma(exponent, constant<V>(-2.12194440e-4), log1p_polynomial(f)));
+  V log_u =
+      M::fma(exponent, constant<V>(0.693359375), M::fma(exponent, constant<V>(-2.12194440e-4), log1p_polynomial(f)));
   V radius = M::sqrt(log_u * -2.0f);
   // cos and sin of (quarter + rest) quarter turns; rest in [-1/2, 1/2] is exact in integers, so both stay accurate
   // to the last bits near their zeros.

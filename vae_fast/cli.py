@@ -1,0 +1,675 @@
+"""The command line: ``vae-fast train | evaluate | sample | encode | doctor``.
+
+Exit codes: 0 for success; 1 where something went wrong on the way; 2 for data or a command that cannot be used, said in
+one sentence on stderr, with nothing written; 130 after Ctrl-C, with the state saved and the command that goes on from it.
+
+torch is imported by the commands, not by this module, so that ``--help`` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from click.core import ParameterSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .datasets import Prepared
+    from .trainer import Trainer
+
+SAMPLES = 1_000_000
+REPORTS = 25  # points of the curves of a run
+MOST_HELD_OUT = 10_000
+CHECKPOINT, HISTORY, REPORT, RUN = "checkpoint.safetensors", "history.csv", "report.html", "run.json"
+
+_LR = {"adagrad": 0.02, "sgd": 0.001, "adam": 0.001, "adamw": 0.001}
+_DATA_HELP = (
+    "DATA is an .npy, .npz, .csv or idx file (also .gz) of one row or image per datapoint; FILE.npz:NAME takes one "
+    "array of several; mnist:train and mnist:test are the bundled MNIST."
+)
+
+
+class _Group(click.Group):
+    """Says in one sentence on stderr what went wrong, and exits with the code that belongs to it."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        options["standalone_mode"] = False
+        try:
+            with _plain_warnings():
+                code = super().main(*args, **options)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(2)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except (KeyboardInterrupt, click.Abort) as interrupt:
+            _fail(str(interrupt) or "interrupted", 130)
+        except ImportError as error:
+            _fail(str(error), 1)
+        except Exception as error:
+            from .checkpoint import CheckpointError
+            from .datasets import DataError
+            from .trainer import TrainingError
+
+            if isinstance(error, (DataError, CheckpointError)):
+                _fail(str(error), 2)
+            if isinstance(error, (TrainingError, OSError)):
+                _fail(str(error), 1)
+            raise
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"vae-fast: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as sentences, without the line of source that raised them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"vae-fast: warning: {message}", err=True)
+        yield
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+)
+@click.version_option(package_name="vae-fast", message="%(package)s %(version)s")
+def main() -> None:
+    """Train variational auto-encoders, fast.
+
+    \b
+    vae-fast train                      the paper's model on MNIST, then report.html
+    vae-fast train my_images.npy        the same on your own data
+    vae-fast doctor                     is everything in order on this machine?
+    """
+
+
+# ---- train -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What ``--resume`` needs to know and the checkpoint does not hold; ``run.json`` of the folder of a run."""
+
+    data: str  # "mnist", or an absolute path
+    test: str | None
+    samples: int
+    report_every: int
+    image_shape: str
+    model: dict[str, Any]
+    training: dict[str, Any]
+    kind: str  # how pixels are taken: real, binary or dynamic
+    command: list[str] = field(default_factory=list)  # without --samples and --out
+
+    def save(self, out: Path) -> None:
+        from .report import write_atomically
+
+        write_atomically(out / RUN, (json.dumps({"format": 1, **asdict(self)}, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, out: Path) -> Run:
+        try:
+            content = json.loads((out / RUN).read_text(encoding="utf-8"))
+            if content.pop("format") != 1:
+                raise ValueError("another format")
+            return cls(**content)
+        except OSError as error:
+            raise click.UsageError(f"{out}: found no readable {RUN}; wanted the folder of a run") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise click.UsageError(f"{out / RUN}: found damaged contents; wanted those of a run") from error
+
+
+class _Widths(click.ParamType):
+    """500, or 200,100: one positive integer per layer."""
+
+    name = "widths"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        widths = value.split(",")
+        if not all(width.strip().isdecimal() and int(width) > 0 for width in widths):
+            self.fail(f"found {value!r}; wanted positive integers with commas between them, such as 500 or 200,100", param, ctx)
+        return tuple(map(int, widths))
+
+
+class _ImageShape(click.ParamType):
+    """28x20, 32x32x3, "none", or "guess"."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        sizes = str(value).split("x")
+        if value not in ("guess", "none") and not (
+            len(sizes) in (2, 3) and all(size.isdecimal() and int(size) > 0 for size in sizes)
+        ):
+            self.fail(f"found {value!r}; wanted HEIGHTxWIDTH such as 28x20, 32x32x3 for colours, or none", param, ctx)
+        return str(value)
+
+
+_SHAPE = click.option(
+    "--image-shape",
+    type=_ImageShape(),
+    default="guess",
+    help="Of pictures: such as 28x20, or none where the data are no images. Guessed: squares and 28x20.",
+)
+_SEED = click.option("--seed", type=int, default=0, help="Of all random numbers.")
+
+
+@main.command()
+@click.argument("data", required=False)
+@click.option("--test", metavar="PATH", help="Test data. Default: 10 % of DATA is held out, at most 10,000 rows.")
+@click.option("--out", metavar="DIR", help="Folder of the run. Default: vae-fast-run, or vae-fast-run-2, ...")
+@click.option("--resume", metavar="DIR", help="Go on with the run in this folder, up to --samples in all.")
+@click.option("--samples", type=click.IntRange(1), default=SAMPLES, help="Training samples in all.")
+@click.option("--hidden", type=_Widths(), default="500", help="Widths of the encoder's hidden layers.")
+@click.option("--latent", type=click.IntRange(1), default=20, help="Number of latent variables.")
+@click.option("--likelihood", type=click.Choice(["bernoulli", "gaussian"]), default="bernoulli", help="Gaussian for real numbers outside [0, 1].")
+@click.option("--optimizer", type=click.Choice(list(_LR)), default="adagrad", help="How the parameters move.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Step size. Default: 0.02 for Adagrad, 0.001 for the others.")
+@click.option("--batch-size", type=click.IntRange(1), default=100, help="Datapoints in a minibatch.")
+@click.option("--targets", type=click.Choice(["auto", "real", "binary", "dynamic"]), default="auto", help="How pixels are taken; dynamic draws 0 or 1 anew at each use.")
+@click.option("--pixel-scale", type=click.FloatRange(0, min_open=True), default=255, help="Whole numbers are divided by it; 256 in the paper's code.")
+@_SEED
+@click.option("--engine", type=click.Choice(["auto", "modules", "reference"]), default="auto", help="The curve does not depend on it.")
+@click.option("--device", default="auto", help="cpu, cuda or cuda:1. auto: a GPU where this build can use one.")
+@_SHAPE
+@click.pass_context
+def train(
+    ctx: click.Context,
+    data: str | None,
+    test: str | None,
+    out: str | None,
+    resume: str | None,
+    samples: int,
+    engine: str,
+    device: str,
+    **options: Any,
+) -> None:
+    """Train a VAE; without arguments the paper's (500 hidden units, 20 latents) on MNIST.
+
+    DATA is an .npy, .npz, .csv or idx file (also .gz) of one row or image per datapoint; FILE.npz:NAME takes one array
+    of several. Left out: the bundled MNIST. The folder of the run then holds report.html, checkpoint.safetensors,
+    history.csv and run.json. Ctrl-C saves, and --resume goes on as if nothing had happened.
+
+    \b
+    Example: vae-fast train faces.npz --likelihood gaussian --hidden 200 --latent 2
+             vae-fast train --resume vae-fast-run --samples 2000000
+    """
+    if resume is not None:
+        _resume(ctx, Path(resume), samples, engine, device)
+        return
+    run = _new_run(ctx, data or "mnist", test, samples, options)
+    train_data, test_data, notes = _training_data(run)
+    run.kind = train_data.kind
+    _image_shape(run.image_shape, train_data.width)
+    # Pixels of a Gaussian decoder stay in (0, 1), as in the paper's model of Frey Face.
+    pixels = run.model["likelihood"] == "gaussian" and train_data.scale != 1
+    run.model.update(data_dim=train_data.width, mean_activation="sigmoid" if pixels else None)
+    trainer = _new_trainer(run, engine, device)
+    folder = _new_folder(out)
+    run.save(folder)
+    _fit(run, folder, trainer, train_data, test_data, notes)
+
+
+def _new_run(ctx: click.Context, data: str, test: str | None, samples: int, options: dict[str, Any]) -> Run:
+    hidden = options["hidden"]
+    model = {
+        "hidden_dims": list(hidden),
+        "latent_dim": options["latent"],
+        "likelihood": options["likelihood"],
+        # Weights of standard deviation 0.01 let hardly anything through several layers.
+        "init": "paper" if len(hidden) == 1 else "torch",
+        "seed": options["seed"],
+    }
+    training = {name: options[name] for name in ("optimizer", "batch_size", "seed", "targets", "pixel_scale")}
+    training["lr"] = options["lr"] or _LR[options["optimizer"]]
+    return Run(
+        data=_absolute(data),
+        test=None if test is None else _absolute(test),
+        samples=samples,
+        report_every=max(1, samples // REPORTS),
+        image_shape=options["image_shape"],
+        model=model,
+        training=training,
+        kind="",
+        command=_given(ctx, without=("out", "samples", "resume")),
+    )
+
+
+def _resume(ctx: click.Context, folder: Path, samples: int, engine: str, device: str) -> None:
+    allowed = ("resume", "samples", "engine", "device")
+    if others := _given(ctx, without=allowed):
+        raise click.UsageError(f"--resume: found {others[0]} with it; wanted no other options than --samples, --engine and --device")
+    run = Run.load(folder)
+    if ctx.get_parameter_source("samples") is ParameterSource.COMMANDLINE:
+        run.samples = samples
+    train_data, test_data, notes = _training_data(run)
+    checkpoint = folder / CHECKPOINT
+    # A run that was killed before its first checkpoint begins again.
+    trainer = _load_trainer(checkpoint, engine, device) if checkpoint.exists() else _new_trainer(run, engine, device)
+    if trainer.samples_seen > run.samples:
+        raise click.UsageError(f"--samples: found {run.samples:,}; wanted more than the {trainer.samples_seen:,} that this run has seen")
+    run.save(folder)
+    _fit(run, folder, trainer, train_data, test_data, notes)
+
+
+def _training_data(run: Run) -> tuple[Prepared, Prepared | None, list[str]]:
+    """Training data, test data, and what there is to say about them; raises before anything is written."""
+    from . import datasets
+
+    notes: list[str] = []
+    held_out: Tensor | None
+    if run.data == "mnist":
+        rows, held_out = datasets.mnist()
+    else:
+        rows, held_out = _rows(run.data), None
+    name, test_name = _shown(run.data), "test"
+    if run.test is not None:
+        held_out, test_name = _rows(run.test), _shown(run.test)
+    elif run.data != "mnist" and len(rows) > 1:
+        total, count = len(rows), min(MOST_HELD_OUT, max(1, len(rows) // 10))
+        datasets.prepare(rows, name=name, **_reading(run))  # so that a refusal counts rows as the file does
+        rows, held_out = datasets.split(rows, count, seed=0)
+        notes.append(f"No test data were given: {count:,} of the {total:,} rows, drawn at random, are held out for testing.")
+    train_data = datasets.prepare(rows, name=name, **_reading(run))
+    if held_out is None:
+        return train_data, None, ["No test data: there is one datapoint only."]
+    test_data = datasets.prepare(
+        held_out, name=test_name, width=train_data.width, **{**_reading(run), "targets": train_data.kind}
+    )
+    return train_data, test_data, notes
+
+
+def _reading(run: Run) -> dict[str, Any]:
+    return {
+        "likelihood": run.model["likelihood"],
+        "targets": run.training["targets"],
+        "pixel_scale": run.training["pixel_scale"],
+    }
+
+
+def _new_trainer(run: Run, engine: str, device: str) -> Trainer:
+    from .nn import VAE
+    from .trainer import Trainer
+
+    return Trainer(VAE(**run.model), engine=engine, device=_device(device), **run.training)
+
+
+def _load_trainer(checkpoint: Path, engine: str = "auto", device: str = "cpu") -> Trainer:
+    from .checkpoint import CheckpointError
+    from .trainer import Trainer
+
+    try:
+        return Trainer.load(checkpoint, engine=engine, device=_device(device))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:  # of a model or an optimizer that is the user's own
+        raise click.UsageError(f"{checkpoint}: {error}") from error
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from ._extension import build_info
+
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if cuda and build_info()["cuda"] else "cpu"
+    try:
+        kind = torch.device(name)
+    except RuntimeError as error:
+        raise click.UsageError(f"--device: found {name!r}; wanted cpu, cuda, cuda:N or auto") from error
+    if kind.type == "cuda" and not (cuda and (kind.index or 0) < torch.cuda.device_count()):
+        raise click.UsageError(f"--device: found {name}, which torch does not see here; wanted cpu, or see vae-fast doctor")
+    return name
+
+
+def _new_folder(out: str | None) -> Path:
+    """The folder of a new run, made; a run that is there is never overwritten."""
+    if out is not None:
+        folder = Path(out)
+        for name in (RUN, CHECKPOINT, HISTORY, REPORT):
+            if (folder / name).exists():
+                raise click.UsageError(f"--out: found a run in {out} ({name}); wanted another folder, or --resume {shlex.quote(out)}")
+        with _writing(out):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    number = 1
+    while True:
+        folder = Path("vae-fast-run" if number == 1 else f"vae-fast-run-{number}")
+        with _writing(str(folder)), contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+        number += 1
+
+
+def _fit(
+    run: Run, folder: Path, trainer: Trainer, train_data: Prepared, test_data: Prepared | None, notes: Sequence[str]
+) -> None:
+    from .checkpoint import CheckpointError
+    from .report import write_atomically, write_report
+
+    checkpoint = folder / CHECKPOINT
+    again = f"vae-fast train --resume {shlex.quote(str(folder))}"
+    for note in notes:
+        click.echo(note, err=True)
+    left = run.samples - trainer.samples_seen
+    done = f"{trainer.samples_seen:,} of " if trainer.samples_seen else ""
+    click.echo(f"{folder}: {done}{run.samples:,} samples on {trainer.device}", err=True)
+    if left > 0:
+        try:
+            with _lines(trainer), warnings.catch_warnings():
+                warnings.filterwarnings("error", message="train: these are not the data")
+                trainer.fit(
+                    train_data, test_data, max_samples=left, report_every=run.report_every, checkpoint=checkpoint
+                )
+        except KeyboardInterrupt as interrupt:
+            said = str(interrupt) or "stopped at once; the last checkpoint is whole"
+            raise KeyboardInterrupt(f"{said}. To go on: {again}") from interrupt
+        except CheckpointError as error:
+            _fail(f"{error}. To go on: {again}", 1)
+        except UserWarning as warning:
+            raise click.UsageError(f"{run.data}: found other data than this run was trained on; wanted the same") from warning
+    history = trainer.history
+    columns = io.StringIO()
+    history.to_csv(folder / f".{HISTORY}.tmp")
+    os.replace(folder / f".{HISTORY}.tmp", folder / HISTORY)
+    del columns
+    write_report(
+        folder / REPORT,
+        trainer,
+        train_data,
+        test_data,
+        name=_shown(run.data),
+        image_shape=_image_shape(run.image_shape, train_data.width),
+        reproduce=_reproduce(run),
+        resume=f"{again} --samples {2 * run.samples}",
+        notes=notes,
+    )
+    last = history.last
+    which, bound = ("test", last.test_bound) if last.test_bound is not None else ("training", last.train_bound)
+    rate = last.samples / max(last.seconds, 1e-9)
+    click.echo(
+        f"{which} bound {bound:.2f} nats per datapoint after {last.samples:,} samples "
+        f"({last.seconds:.1f} s, {rate:,.0f} samples/s); report: {folder / REPORT}"
+    )
+
+
+@contextlib.contextmanager
+def _lines(trainer: Trainer) -> Iterator[None]:
+    """A line per report where there is no terminal for a progress bar, such as in a log file."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            seen = f"{trainer.samples_seen:>12,} samples  " if message.startswith("bound") else ""
+            click.echo(seen + message, err=True)
+
+    log, handler = logging.getLogger("vae_fast"), Lines()
+    if sys.stderr.isatty():
+        yield
+        return
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def _reproduce(run: Run) -> str:
+    samples = [] if run.samples == SAMPLES else ["--samples", str(run.samples)]
+    return shlex.join(["vae-fast", "train", *run.command, *samples])
+
+
+def _given(ctx: click.Context, *, without: Sequence[str]) -> list[str]:
+    """The arguments of this command as they were typed, in a fixed order."""
+    words: list[str] = []
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if name in without or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = ctx.params[name]
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        words += [text] if isinstance(parameter, click.Argument) else [parameter.opts[0], text]
+    return words
+
+
+# ---- evaluate, sample, encode ------------------------------------------------------------------------------------------
+
+_CHECKPOINT = click.argument("checkpoint")
+
+
+@main.command()
+@_CHECKPOINT
+@click.argument("data", required=False)
+@click.option("-n", "--num-samples", type=click.IntRange(1), default=1, help="Posterior samples per datapoint.")
+@_SEED
+def evaluate(checkpoint: str, data: str | None, num_samples: int, seed: int) -> None:
+    """Print the variational bound of a trained model.
+
+    CHECKPOINT is the folder of a run or a checkpoint file. DATA is a file as for train, or mnist:train, mnist:test.
+    Left out: the test data of the run.
+
+    \b
+    Example: vae-fast evaluate vae-fast-run --num-samples 10
+    """
+    from . import evaluation
+
+    path = _checkpoint(checkpoint)
+    trainer = _load_trainer(path)
+    if data is not None:
+        prepared, name = _model_data(trainer, path, data), data
+    else:
+        run = Run.load(path.parent)
+        _, test_data, _ = _training_data(run)
+        if test_data is None:
+            raise click.UsageError("DATA: found none, and this run has no test data; wanted a file")
+        prepared, name = test_data, f"the test data of {path.parent}"
+    result = evaluation.bound(trainer.model, prepared, num_samples=num_samples, seed=seed)
+    units = evaluation.active_units(trainer.model, prepared, seed=seed)
+    draws = "1 posterior sample" if num_samples == 1 else f"{num_samples} posterior samples"
+    click.echo(f"bound          {result.elbo:10.3f}  nats per datapoint, {draws} each")
+    click.echo(f"log p(x|z)     {result.log_likelihood:10.3f}")
+    click.echo(f"KL             {result.kl:10.3f}")
+    click.echo(f"active latents {units.count:6d} of {len(units.variance)}")
+    click.echo(f"data           {name}: {result.count:,} datapoints, {prepared.kind} pixels")
+
+
+@main.command()
+@_CHECKPOINT
+@click.option("-n", "--number", type=click.IntRange(1), default=100, help="How many samples.")
+@click.option("-o", "--out", default="samples.png", help="A .png picture, or .npy for float32 [N, D].")
+@_SEED
+@_SHAPE
+def sample(checkpoint: str, number: int, out: str, seed: int, image_shape: str) -> None:
+    """Draw from the prior and decode: pixel means E[x | z] for z from N(0, I).
+
+    CHECKPOINT is the folder of a run or a checkpoint file.
+
+    \b
+    Example: vae-fast sample vae-fast-run -n 64 -o digits.png
+    """
+    from . import plots
+    from .report import write_atomically
+
+    target = _output(out, (".png", ".npy"))
+    path = _checkpoint(checkpoint)
+    trainer = _load_trainer(path)
+    model = trainer.model
+    payload = io.BytesIO()
+    if target.suffix == ".npy":
+        import numpy as np
+
+        np.save(payload, model.sample(number, seed=seed).float().numpy())
+    else:
+        if image_shape == "guess" and (path.parent / RUN).exists():
+            image_shape = Run.load(path.parent).image_shape
+        shape = _image_shape(image_shape, model.data_dim or 0)
+        shape = plots.image_shape(model.data_dim or 0) if shape == "guess" else shape
+        if shape is None or isinstance(shape, str):
+            raise click.UsageError(f"--image-shape: found none for data of {model.data_dim} features; wanted HEIGHTxWIDTH, or -o samples.npy")
+        images = model.sample(number, seed=seed)
+        low, high = min(0.0, float(images.min())), max(1.0, float(images.max()))
+        pixels = plots.tile(images, shape, value_range=(low, high))
+        plots.save_png(payload, pixels)
+    with _writing(out):
+        write_atomically(target, payload.getvalue())
+    click.echo(f"{number:,} samples: {out}")
+
+
+@main.command()
+@_CHECKPOINT
+@click.argument("data")
+@click.option("-o", "--out", default="latents.npz", help="An .npz file with mu and logvar, float32 [N, latents] each.")
+def encode(checkpoint: str, data: str, out: str) -> None:
+    """Write the posterior of every datapoint: mean mu and log-variance logvar of q(z | x).
+
+    CHECKPOINT is the folder of a run or a checkpoint file. DATA is a file as for train, or mnist:train, mnist:test.
+    Row k of the result belongs to row k of the data.
+
+    \b
+    Example: vae-fast encode vae-fast-run mnist:test -o latents.npz
+    """
+    import numpy as np
+    import torch
+
+    from .evaluation import evaluating
+    from .report import write_atomically
+
+    target = _output(out, (".npz",))
+    path = _checkpoint(checkpoint)
+    trainer = _load_trainer(path)
+    prepared = _model_data(trainer, path, data)
+    model, parts = trainer.model, []
+    like = next(model.parameters())
+    with torch.no_grad(), evaluating(model):
+        for first in range(0, len(prepared), 1000):
+            parts.append(model.encoder(prepared.batch(slice(first, first + 1000)).to(like)))
+    mu, logvar = (torch.cat(column).float().numpy() for column in zip(*parts, strict=True))
+    payload = io.BytesIO()
+    np.savez(payload, mu=mu, logvar=logvar)
+    with _writing(out):
+        write_atomically(target, payload.getvalue())
+    click.echo(f"{len(mu):,} datapoints, {mu.shape[1]} latents: {out}")
+
+
+def _checkpoint(path: str) -> Path:
+    return Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
+
+
+def _model_data(trainer: Trainer, path: Path, data: str) -> Prepared:
+    """Data read as those that the model was trained on."""
+    from . import datasets
+
+    targets = trainer.settings.targets
+    if targets == "auto" and (path.parent / RUN).exists():
+        targets = Run.load(path.parent).kind
+    return datasets.prepare(
+        _rows(data),
+        likelihood=trainer.model.likelihood,
+        targets=targets,
+        pixel_scale=trainer.settings.pixel_scale,
+        name=data,
+        width=trainer.model.data_dim,
+    )
+
+
+def _rows(data: str) -> Tensor:
+    """A file, FILE.npz:NAME, or mnist:train and mnist:test."""
+    from . import datasets
+
+    if data in ("mnist:train", "mnist:test"):
+        return datasets.mnist()[data == "mnist:test"]
+    path, colon, key = data.rpartition(":")
+    if colon and path.endswith(".npz") and not Path(data).exists():
+        return datasets.load(path, key=key)
+    try:
+        return datasets.load(data)
+    except datasets.DataError as error:
+        if "chosen by key" in str(error):
+            raise datasets.DataError(f"{error}: {Path(data).name}:NAME") from error
+        raise
+
+
+def _image_shape(text: str, width: int) -> tuple[int, ...] | str | None:
+    """As :func:`vae_fast.report.write_report` takes it."""
+    if text in ("guess", "none"):
+        return None if text == "none" else text
+    import math
+
+    shape = tuple(map(int, text.split("x")))
+    if math.prod(shape) != width or (len(shape) == 3 and shape[2] not in (1, 3)):
+        raise click.UsageError(f"--image-shape: found {text}; wanted sizes whose product is {width}, the width of the data")
+    return shape
+
+
+def _output(out: str, suffixes: tuple[str, ...]) -> Path:
+    """Checked before the work, not after it."""
+    target = Path(out)
+    if target.suffix not in suffixes:
+        raise click.UsageError(f"--out: found {out!r}; wanted a name that ends in {' or '.join(suffixes)}")
+    if not target.parent.is_dir():
+        raise click.UsageError(f"--out: found no folder {str(target.parent)!r}; wanted one that exists")
+    return target
+
+
+@contextlib.contextmanager
+def _writing(where: str) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise click.UsageError(f"--out: found {where}, which cannot be written ({error.strerror}); wanted another place") from error
+
+
+def _absolute(data: str) -> str:
+    return data if data.split(":")[0] == "mnist" else os.path.abspath(data)
+
+
+def _shown(data: str) -> str:
+    return "MNIST" if data == "mnist" else os.path.basename(data)
+
+
+# ---- doctor ------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+def doctor() -> None:
+    """Check this installation, and say what to do where something is wrong.
+
+    Versions, CUDA or why not, the CPU's instruction set, and every operator against float64. Exit code 1 if a check fails.
+
+    \b
+    Example: vae-fast doctor
+    """
+    from .doctor import examine
+
+    failures = 0
+    for finding in examine():
+        failures += finding.state == "FAIL"
+        click.echo(f"{finding.state:<5} {finding.subject:<14} {finding.text}")
+        if finding.remedy:
+            click.echo(f"{'':<20} {finding.remedy}")
+    click.echo("all is well" if not failures else f"{failures} of these checks failed")
+    sys.exit(1 if failures else 0)
