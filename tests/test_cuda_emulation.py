@@ -25,6 +25,7 @@ FLAGS = [
     "-Wextra",
     "-Werror",
     "-Wno-unknown-pragmas",
+    "-Wno-class-memaccess",  # the emulated vector types check their assignment
     "-fsanitize=alignment,bounds,signed-integer-overflow,shift",  # what a device would refuse
     "-fno-sanitize-recover=all",
     f"-I{EMULATION}",

@@ -411,5 +411,5 @@ def test_an_optimizer_that_cannot_be_captured_runs_without_a_graph_and_that_is_s
     model = small_model().to(device)
     optimizer = torch.optim.Adam(model.parameters(), capturable=False)
     engine, why = make_engine("auto", model, optimizer, array_source(data(), 20, device), Plan(), device)
-    assert "capturable=False" in why
+    assert "not capturable" in why
     assert engine.run(10).isfinite().all()

@@ -65,17 +65,19 @@ def without_seconds(meta: dict[str, Any]) -> dict[str, Any]:
     return {**meta, "seconds": None, "history": history}
 
 
-# --- fit ------------------------------------------------------------------------------------------------------
+# --- fit ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
 def test_training_raises_the_bound_of_data_it_has_not_seen(estimator: str, optimizer: str) -> None:
     trainer = small_trainer(estimator=estimator, optimizer=optimizer, lr=0.02)
-    history = fit(trainer, data(400)[:300], data(400)[300:], max_samples=20_000, report_every=2000)
-    assert history.last.test_bound is not None and history[0].test_bound is not None
-    assert history.last.test_bound > history[0].test_bound + 0.5
-    assert history.last.train_bound > history[0].train_bound + 0.5
+    train, test = data(400)[:300], data(400)[300:]
+    before = evaluation.bound(trainer.model, test).elbo
+    row = fit(trainer, train, test, max_samples=8000, report_every=2000).last
+    assert row.test_bound is not None
+    assert row.test_bound > before + 1
+    assert row.train_bound > before + 1
 
 
 def test_fit_goes_on_where_it_stopped() -> None:
@@ -97,7 +99,9 @@ def test_samples_are_counted_exactly_and_steps_are_whole() -> None:
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (1, 10), (7, 100), (21, 20), (5, 1)])
-def test_any_batch_size_a_last_batch_of_one_and_fewer_points_than_a_batch(count: int, batch_size: int) -> None:
+def test_any_batch_size_a_last_batch_of_one_and_fewer_points_than_a_batch(
+    count: int, batch_size: int
+) -> None:
     trainer = small_trainer(batch_size=batch_size)
     history = fit(trainer, data(count), data(count), max_samples=3 * count)
     assert trainer.samples_seen == 3 * count
@@ -111,9 +115,13 @@ def test_a_row_of_the_history_is_the_mean_over_the_datapoints_since_the_row_befo
     model = small_model()
     for epoch, row in enumerate(history):
         first = 3 * epoch
-        minibatches = [x[r[:size]] for r, size in zip(order.rows(first, 3), order.sizes(first, 3), strict=True)]
+        minibatches = [
+            x[r[:size]] for r, size in zip(order.rows(first, 3), order.sizes(first, 3), strict=True)
+        ]
         terms = [model(batch, seed=step_seed(0, first + i)) for i, batch in enumerate(minibatches)]
-        assert row.train_log_likelihood == pytest.approx(torch.cat([t.log_likelihood for t in terms]).mean().item())
+        assert row.train_log_likelihood == pytest.approx(
+            torch.cat([t.log_likelihood for t in terms]).mean().item()
+        )
         assert row.train_kl == pytest.approx(torch.cat([t.kl for t in terms]).mean().item())
         assert row.train_bound == pytest.approx(row.train_log_likelihood - row.train_kl)
 
@@ -122,7 +130,11 @@ def test_the_test_bound_is_that_of_evaluation_at_that_moment() -> None:
     trainer = small_trainer(seed=3)
     row = fit(trainer, data(), data(50)).last
     result = evaluation.bound(trainer.model, data(50), seed=3)
-    assert (row.test_bound, row.test_log_likelihood, row.test_kl) == (result.elbo, result.log_likelihood, result.kl)
+    assert (row.test_bound, row.test_log_likelihood, row.test_kl) == (
+        result.elbo,
+        result.log_likelihood,
+        result.kl,
+    )
 
 
 def test_rows_lie_on_multiples_of_report_every_and_at_the_end() -> None:
@@ -187,7 +199,9 @@ def test_a_frozen_parameter_stays() -> None:
 
 
 def test_a_gaussian_decoder_and_a_float64_model_train() -> None:
-    model = VAE(data_dim=12, hidden_dims=[8], latent_dim=2, likelihood="gaussian", init="torch", seed=0).double()
+    model = VAE(
+        data_dim=12, hidden_dims=[8], latent_dim=2, likelihood="gaussian", init="torch", seed=0
+    ).double()
     history = fit(small_trainer(model), max_samples=5000, report_every=500)
     assert history.last.train_bound > history[0].train_bound + 1
 
@@ -202,7 +216,7 @@ def test_the_engine_and_its_reason_are_told() -> None:
     assert reference.engine_name == "reference"
 
 
-# --- progress -------------------------------------------------------------------------------------------------
+# --- progress -----------------------------------------------------------------------------------------------
 
 
 def test_no_bar_where_stderr_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +233,7 @@ def test_a_bar_that_is_asked_for_shows_engine_data_speed_and_bound(capfd: pytest
         assert wanted in err
 
 
-# --- arguments ------------------------------------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -275,11 +289,14 @@ def test_a_weight_prior_has_no_weight_for_a_stream() -> None:
         fit(small_trainer(weight_prior=True), iter([data()]))
 
 
-# --- history --------------------------------------------------------------------------------------------------
+# --- history ------------------------------------------------------------------------------------------------
 
 
 def test_a_history_comes_back_from_a_dict_and_is_written_as_csv(tmp_path: Path) -> None:
-    rows = [HistoryRow(100, 1, 0.5, -3.0, -2.0, 1.0), HistoryRow(200, 2, 1.0, -2.5, -2.0, 0.5, -2.6, -2.0, 0.6)]
+    rows = [
+        HistoryRow(100, 1, 0.5, -3.0, -2.0, 1.0),
+        HistoryRow(200, 2, 1.0, -2.5, -2.0, 0.5, -2.6, -2.0, 0.6),
+    ]
     history = History(rows)
     assert list(History.from_dict(history.to_dict())) == rows
     assert history.last == rows[1]
@@ -295,7 +312,7 @@ def test_an_empty_history_has_no_last_row() -> None:
         _ = History().last
 
 
-# --- streams --------------------------------------------------------------------------------------------------
+# --- streams ------------------------------------------------------------------------------------------------
 
 
 def as_stream(x: Tensor, first_step: int = 0, batch_size: int = 20) -> Iterator[Tensor]:
@@ -318,7 +335,7 @@ def test_a_stream_of_the_same_minibatches_gives_the_same_parameters() -> None:
 
 def test_fit_takes_no_more_of_a_stream_than_it_trains_on() -> None:
     straight, parts = small_trainer(), small_trainer()
-    fit(straight, as_stream(data()), max_samples=1000)
+    fit(straight, as_stream(data()), max_samples=1030)
     stream = as_stream(data())
     for _ in range(4):
         fit(parts, stream, max_samples=250)
@@ -344,7 +361,7 @@ def test_a_stream_that_ends_early_ends_the_training_with_a_warning() -> None:
     assert trainer.history.last.samples == 130
 
 
-# --- what is not finite ---------------------------------------------------------------------------------------
+# --- what is not finite -------------------------------------------------------------------------------------
 
 
 class Trap(nn.Module):
@@ -492,7 +509,7 @@ def test_what_does_not_help_is_given_up(on_nan: str) -> None:
         fit(trapped_trainer("log_likelihood", on_nan), x, max_samples=100_000)
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 RUN = """
 import sys
@@ -541,25 +558,30 @@ def test_a_saved_and_loaded_training_is_the_unbroken_one_bit_for_bit(
 def test_a_training_goes_on_in_another_process_bit_for_bit(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    for how, samples, folder in (("new", 10_000, "a"), ("new", 5000, "b"), ("resume", 10_000, "b")):
+    for how, samples, folder in (("new", 4000, "a"), ("new", 2000, "b"), ("resume", 4000, "b")):
         assert process(tmp_path / folder / "run", how, samples, "adagrad").wait() == 0
     assert same(Trainer.load(tmp_path / "a" / "run"), Trainer.load(tmp_path / "b" / "run"))
+
+
+def written(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def test_a_training_killed_at_any_moment_is_finished_as_if_it_had_not_been(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
-    samples = 60_000
+    samples = 15_000
     assert process(whole, "new", samples).wait() == 0
 
     kills = 0
     for attempt in range(20):
         run = process(killed, "resume" if killed.exists() else "new", samples)
-        while not killed.exists() and run.poll() is None:
+        before = written(killed)
+        while written(killed) == before and run.poll() is None:
             time.sleep(0.001)
-        if attempt < 4:
-            time.sleep(random.uniform(0.0, 0.4) if attempt == 0 else random.uniform(2.0, 4.0))
+        if attempt < 3:
+            time.sleep(random.uniform(0.0, 0.8))
             run.send_signal(signal.SIGKILL)
         code = run.wait()
         kills += code == -signal.SIGKILL
@@ -587,7 +609,12 @@ def test_ctrl_c_saves_and_leaves_with_a_clear_message(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is handler
 
     resumed, straight = Trainer.load(path), small_trainer()
-    fit(resumed, as_stream(data(), resumed.step_count), max_samples=2600 - resumed.samples_seen, report_every=1300)
+    fit(
+        resumed,
+        as_stream(data(), resumed.step_count),
+        max_samples=2600 - resumed.samples_seen,
+        report_every=1300,
+    )
     fit(straight, as_stream(data()), max_samples=2600, report_every=1300)
     assert 0 < trainer.samples_seen < 2600
     assert same(straight, resumed)
@@ -669,7 +696,7 @@ def test_checkpoints_are_written_at_every_row(tmp_path: Path, monkeypatch: pytes
     assert seen == [410, 800, 1010]  # whole minibatches, of 20 and then of 10 once an epoch
 
 
-# --- CUDA -----------------------------------------------------------------------------------------------------
+# --- CUDA ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda

@@ -1,7 +1,8 @@
 """The command line: ``vae-fast train | evaluate | sample | encode | doctor``.
 
-Exit codes: 0 for success; 1 where something went wrong on the way; 2 for data or a command that cannot be used, said in
-one sentence on stderr, with nothing written; 130 after Ctrl-C, with the state saved and the command that goes on from it.
+Exit codes: 0 for success; 1 where something went wrong on the way; 2 for data or a command that cannot be
+used, said in one sentence on stderr, with nothing written; 130 after Ctrl-C, with the state saved and the
+command that goes on from it.
 
 torch is imported by the commands, not by this module, so that ``--help`` does not wait for it.
 """
@@ -36,10 +37,6 @@ MOST_HELD_OUT = 10_000
 CHECKPOINT, HISTORY, REPORT, RUN = "checkpoint.safetensors", "history.csv", "report.html", "run.json"
 
 _LR = {"adagrad": 0.02, "sgd": 0.001, "adam": 0.001, "adamw": 0.001}
-_DATA_HELP = (
-    "DATA is an .npy, .npz, .csv or idx file (also .gz) of one row or image per datapoint; FILE.npz:NAME takes one "
-    "array of several; mnist:train and mnist:test are the bundled MNIST."
-)
 
 
 class _Group(click.Group):
@@ -100,12 +97,12 @@ def main() -> None:
     """
 
 
-# ---- train -------------------------------------------------------------------------------------------------------------
+# ---- train -------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
-    """What ``--resume`` needs to know and the checkpoint does not hold; ``run.json`` of the folder of a run."""
+    """What ``--resume`` needs and the checkpoint does not hold: ``run.json`` in the folder of a run."""
 
     data: str  # "mnist", or an absolute path
     test: str | None
@@ -135,64 +132,86 @@ class Run:
             raise click.UsageError(f"{out / RUN}: found damaged contents; wanted those of a run") from error
 
 
-class _Widths(click.ParamType):
+def _widths(ctx: click.Context, parameter: click.Parameter, text: str) -> list[int]:
     """500, or 200,100: one positive integer per layer."""
-
-    name = "widths"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        widths = value.split(",")
-        if not all(width.strip().isdecimal() and int(width) > 0 for width in widths):
-            self.fail(f"found {value!r}; wanted positive integers with commas between them, such as 500 or 200,100", param, ctx)
-        return tuple(map(int, widths))
+    widths = text.split(",")
+    if not all(width.strip().isdecimal() and int(width) > 0 for width in widths):
+        raise click.BadParameter(f"found {text!r}; wanted positive integers such as 500 or 200,100")
+    return [int(width) for width in widths]
 
 
-class _ImageShape(click.ParamType):
-    """28x20, 32x32x3, "none", or "guess"."""
-
-    name = "HxW"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        sizes = str(value).split("x")
-        if value not in ("guess", "none") and not (
-            len(sizes) in (2, 3) and all(size.isdecimal() and int(size) > 0 for size in sizes)
-        ):
-            self.fail(f"found {value!r}; wanted HEIGHTxWIDTH such as 28x20, 32x32x3 for colours, or none", param, ctx)
-        return str(value)
+def _shape_text(ctx: click.Context, parameter: click.Parameter, text: str) -> str:
+    """28x20, 32x32x3, "none" or "guess"."""
+    sizes = text.split("x")
+    positive = all(size.isdecimal() and int(size) > 0 for size in sizes)
+    if text not in ("guess", "none") and not (len(sizes) in (2, 3) and positive):
+        raise click.BadParameter(f"found {text!r}; wanted HEIGHTxWIDTH, HEIGHTxWIDTHx3 or none")
+    return text
 
 
 _SHAPE = click.option(
     "--image-shape",
-    type=_ImageShape(),
+    metavar="HxW",
+    callback=_shape_text,
     default="guess",
     help="Of pictures: such as 28x20, or none where the data are no images. Guessed: squares and 28x20.",
 )
 _SEED = click.option("--seed", type=int, default=0, help="Of all random numbers.")
 
 
-@main.command()
+@main.command(short_help="Train a model; without arguments the paper's, on MNIST.")
 @click.argument("data", required=False)
-@click.option("--test", metavar="PATH", help="Test data. Default: 10 % of DATA is held out, at most 10,000 rows.")
+@click.option(
+    "--test", metavar="PATH", help="Test data. Default: 10 % of DATA is held out, at most 10,000 rows."
+)
 @click.option("--out", metavar="DIR", help="Folder of the run. Default: vae-fast-run, or vae-fast-run-2, ...")
 @click.option("--resume", metavar="DIR", help="Go on with the run in this folder, up to --samples in all.")
 @click.option("--samples", type=click.IntRange(1), default=SAMPLES, help="Training samples in all.")
-@click.option("--hidden", type=_Widths(), default="500", help="Widths of the encoder's hidden layers.")
+@click.option(
+    "--hidden",
+    metavar="WIDTHS",
+    callback=_widths,
+    default="500",
+    help="Widths of the encoder's hidden layers.",
+)
 @click.option("--latent", type=click.IntRange(1), default=20, help="Number of latent variables.")
-@click.option("--likelihood", type=click.Choice(["bernoulli", "gaussian"]), default="bernoulli", help="Gaussian for real numbers outside [0, 1].")
+@click.option(
+    "--likelihood",
+    type=click.Choice(["bernoulli", "gaussian"]),
+    default="bernoulli",
+    help="Gaussian for real numbers outside [0, 1].",
+)
 @click.option("--optimizer", type=click.Choice(list(_LR)), default="adagrad", help="How the parameters move.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Step size. Default: 0.02 for Adagrad, 0.001 for the others.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(0, min_open=True),
+    help="Step size. Default: 0.02 for Adagrad, 0.001 for the others.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=100, help="Datapoints in a minibatch.")
-@click.option("--targets", type=click.Choice(["auto", "real", "binary", "dynamic"]), default="auto", help="How pixels are taken; dynamic draws 0 or 1 anew at each use.")
-@click.option("--pixel-scale", type=click.FloatRange(0, min_open=True), default=255, help="Whole numbers are divided by it; 256 in the paper's code.")
+@click.option(
+    "--targets",
+    type=click.Choice(["auto", "real", "binary", "dynamic"]),
+    default="auto",
+    help="How pixels are taken; dynamic draws 0 or 1 anew at each use.",
+)
+@click.option(
+    "--pixel-scale",
+    type=click.FloatRange(0, min_open=True),
+    default=255,
+    help="Whole numbers are divided by it; 256 in the paper's code.",
+)
 @_SEED
-@click.option("--engine", type=click.Choice(["auto", "modules", "reference"]), default="auto", help="The curve does not depend on it.")
-@click.option("--device", default="auto", help="cpu, cuda or cuda:1. auto: a GPU where this build can use one.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "modules", "reference"]),
+    default="auto",
+    help="The curve does not depend on it.",
+)
+@click.option(
+    "--device", default="auto", help="cpu, cuda or cuda:1. auto: a GPU where this build can use one."
+)
 @_SHAPE
-@click.pass_context
 def train(
-    ctx: click.Context,
     data: str | None,
     test: str | None,
     out: str | None,
@@ -204,14 +223,16 @@ def train(
 ) -> None:
     """Train a VAE; without arguments the paper's (500 hidden units, 20 latents) on MNIST.
 
-    DATA is an .npy, .npz, .csv or idx file (also .gz) of one row or image per datapoint; FILE.npz:NAME takes one array
-    of several. Left out: the bundled MNIST. The folder of the run then holds report.html, checkpoint.safetensors,
-    history.csv and run.json. Ctrl-C saves, and --resume goes on as if nothing had happened.
+    DATA is an .npy, .npz, .csv or idx file (also .gz) of one row or image per datapoint; FILE.npz:NAME takes
+    one array of several. Left out: the bundled MNIST. The folder of the run then holds report.html,
+    checkpoint.safetensors, history.csv and run.json. Ctrl-C saves, and --resume goes on as if nothing had
+    happened.
 
     \b
     Example: vae-fast train faces.npz --likelihood gaussian --hidden 200 --latent 2
              vae-fast train --resume vae-fast-run --samples 2000000
     """
+    ctx = click.get_current_context()
     if resume is not None:
         _resume(ctx, Path(resume), samples, engine, device)
         return
@@ -219,6 +240,9 @@ def train(
     train_data, test_data, notes = _training_data(run)
     run.kind = train_data.kind
     _image_shape(run.image_shape, train_data.width)
+    # So that a look at the test data is never the larger part of the work.
+    look = 0 if test_data is None else len(test_data) // 2
+    run.report_every = min(samples, max(1, samples // REPORTS, look))
     # Pixels of a Gaussian decoder stay in (0, 1), as in the paper's model of Frey Face.
     pixels = run.model["likelihood"] == "gaussian" and train_data.scale != 1
     run.model.update(data_dim=train_data.width, mean_activation="sigmoid" if pixels else None)
@@ -231,7 +255,7 @@ def train(
 def _new_run(ctx: click.Context, data: str, test: str | None, samples: int, options: dict[str, Any]) -> Run:
     hidden = options["hidden"]
     model = {
-        "hidden_dims": list(hidden),
+        "hidden_dims": hidden,
         "latent_dim": options["latent"],
         "likelihood": options["likelihood"],
         # Weights of standard deviation 0.01 let hardly anything through several layers.
@@ -244,11 +268,11 @@ def _new_run(ctx: click.Context, data: str, test: str | None, samples: int, opti
         data=_absolute(data),
         test=None if test is None else _absolute(test),
         samples=samples,
-        report_every=max(1, samples // REPORTS),
+        report_every=0,  # as the data say
         image_shape=options["image_shape"],
         model=model,
         training=training,
-        kind="",
+        kind="",  # as the data say
         command=_given(ctx, without=("out", "samples", "resume")),
     )
 
@@ -256,16 +280,24 @@ def _new_run(ctx: click.Context, data: str, test: str | None, samples: int, opti
 def _resume(ctx: click.Context, folder: Path, samples: int, engine: str, device: str) -> None:
     allowed = ("resume", "samples", "engine", "device")
     if others := _given(ctx, without=allowed):
-        raise click.UsageError(f"--resume: found {others[0]} with it; wanted no other options than --samples, --engine and --device")
+        raise click.UsageError(
+            f"--resume: found {others[0]} with it; wanted no other options than --samples, --engine, --device"
+        )
     run = Run.load(folder)
     if ctx.get_parameter_source("samples") is ParameterSource.COMMANDLINE:
         run.samples = samples
     train_data, test_data, notes = _training_data(run)
     checkpoint = folder / CHECKPOINT
     # A run that was killed before its first checkpoint begins again.
-    trainer = _load_trainer(checkpoint, engine, device) if checkpoint.exists() else _new_trainer(run, engine, device)
+    trainer = (
+        _load_trainer(checkpoint, engine, device)
+        if checkpoint.exists()
+        else _new_trainer(run, engine, device)
+    )
     if trainer.samples_seen > run.samples:
-        raise click.UsageError(f"--samples: found {run.samples:,}; wanted more than the {trainer.samples_seen:,} that this run has seen")
+        raise click.UsageError(
+            f"--samples: found {run.samples:,}; wanted more than this run has seen, {trainer.samples_seen:,}"
+        )
     run.save(folder)
     _fit(run, folder, trainer, train_data, test_data, notes)
 
@@ -287,7 +319,9 @@ def _training_data(run: Run) -> tuple[Prepared, Prepared | None, list[str]]:
         total, count = len(rows), min(MOST_HELD_OUT, max(1, len(rows) // 10))
         datasets.prepare(rows, name=name, **_reading(run))  # so that a refusal counts rows as the file does
         rows, held_out = datasets.split(rows, count, seed=0)
-        notes.append(f"No test data were given: {count:,} of the {total:,} rows, drawn at random, are held out for testing.")
+        notes.append(
+            f"No test data were given: {count:,} of the {total:,} rows, drawn at random, are held out."
+        )
     train_data = datasets.prepare(rows, name=name, **_reading(run))
     if held_out is None:
         return train_data, None, ["No test data: there is one datapoint only."]
@@ -337,7 +371,9 @@ def _device(name: str) -> str:
     except RuntimeError as error:
         raise click.UsageError(f"--device: found {name!r}; wanted cpu, cuda, cuda:N or auto") from error
     if kind.type == "cuda" and not (cuda and (kind.index or 0) < torch.cuda.device_count()):
-        raise click.UsageError(f"--device: found {name}, which torch does not see here; wanted cpu, or see vae-fast doctor")
+        raise click.UsageError(
+            f"--device: found {name}, which torch does not see here; wanted cpu, or see vae-fast doctor"
+        )
     return name
 
 
@@ -347,7 +383,10 @@ def _new_folder(out: str | None) -> Path:
         folder = Path(out)
         for name in (RUN, CHECKPOINT, HISTORY, REPORT):
             if (folder / name).exists():
-                raise click.UsageError(f"--out: found a run in {out} ({name}); wanted another folder, or --resume {shlex.quote(out)}")
+                raise click.UsageError(
+                    f"--out: found a run in {out} ({name}); wanted another folder, "
+                    f"or --resume {shlex.quote(out)}"
+                )
         with _writing(out):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -361,16 +400,24 @@ def _new_folder(out: str | None) -> Path:
 
 
 def _fit(
-    run: Run, folder: Path, trainer: Trainer, train_data: Prepared, test_data: Prepared | None, notes: Sequence[str]
+    run: Run,
+    folder: Path,
+    trainer: Trainer,
+    train_data: Prepared,
+    test_data: Prepared | None,
+    notes: Sequence[str],
 ) -> None:
     from .checkpoint import CheckpointError
-    from .report import write_atomically, write_report
+    from .report import write_report
 
     checkpoint = folder / CHECKPOINT
     again = f"vae-fast train --resume {shlex.quote(str(folder))}"
     for note in notes:
         click.echo(note, err=True)
     left = run.samples - trainer.samples_seen
+    warm_up = 100 * trainer.settings.batch_size
+    if trainer.settings.optimizer == "adagrad" and run.samples <= 2 * warm_up:
+        click.echo(f"Adagrad begins to move after {warm_up:,} samples: wanted more --samples", err=True)
     done = f"{trainer.samples_seen:,} of " if trainer.samples_seen else ""
     click.echo(f"{folder}: {done}{run.samples:,} samples on {trainer.device}", err=True)
     if left > 0:
@@ -378,7 +425,11 @@ def _fit(
             with _lines(trainer), warnings.catch_warnings():
                 warnings.filterwarnings("error", message="train: these are not the data")
                 trainer.fit(
-                    train_data, test_data, max_samples=left, report_every=run.report_every, checkpoint=checkpoint
+                    train_data,
+                    test_data,
+                    max_samples=left,
+                    report_every=run.report_every,
+                    checkpoint=checkpoint,
                 )
         except KeyboardInterrupt as interrupt:
             said = str(interrupt) or "stopped at once; the last checkpoint is whole"
@@ -386,25 +437,27 @@ def _fit(
         except CheckpointError as error:
             _fail(f"{error}. To go on: {again}", 1)
         except UserWarning as warning:
-            raise click.UsageError(f"{run.data}: found other data than this run was trained on; wanted the same") from warning
+            raise click.UsageError(
+                f"{run.data}: found other data than this run was trained on; wanted the same"
+            ) from warning
     history = trainer.history
-    columns = io.StringIO()
     history.to_csv(folder / f".{HISTORY}.tmp")
     os.replace(folder / f".{HISTORY}.tmp", folder / HISTORY)
-    del columns
     write_report(
         folder / REPORT,
         trainer,
         train_data,
         test_data,
-        name=_shown(run.data),
+        name=_shown(run.data) + ("" if run.test is None else f", tested on {_shown(run.test)}"),
         image_shape=_image_shape(run.image_shape, train_data.width),
         reproduce=_reproduce(run),
         resume=f"{again} --samples {2 * run.samples}",
         notes=notes,
     )
     last = history.last
-    which, bound = ("test", last.test_bound) if last.test_bound is not None else ("training", last.train_bound)
+    which, bound = (
+        ("test", last.test_bound) if last.test_bound is not None else ("training", last.train_bound)
+    )
     rate = last.samples / max(last.seconds, 1e-9)
     click.echo(
         f"{which} bound {bound:.2f} nats per datapoint after {last.samples:,} samples "
@@ -449,25 +502,28 @@ def _given(ctx: click.Context, *, without: Sequence[str]) -> list[str]:
         if name in without or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         value = ctx.params[name]
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         words += [text] if isinstance(parameter, click.Argument) else [parameter.opts[0], text]
     return words
 
 
-# ---- evaluate, sample, encode ------------------------------------------------------------------------------------------
+# ---- evaluate, sample, encode ------------------------------------------------------------------------------
 
 _CHECKPOINT = click.argument("checkpoint")
 
 
-@main.command()
+@main.command(short_help="Print the variational bound of a trained model.")
 @_CHECKPOINT
 @click.argument("data", required=False)
-@click.option("-n", "--num-samples", type=click.IntRange(1), default=1, help="Posterior samples per datapoint.")
+@click.option(
+    "-n", "--num-samples", type=click.IntRange(1), default=1, help="Posterior samples per datapoint."
+)
 @_SEED
 def evaluate(checkpoint: str, data: str | None, num_samples: int, seed: int) -> None:
     """Print the variational bound of a trained model.
 
-    CHECKPOINT is the folder of a run or a checkpoint file. DATA is a file as for train, or mnist:train, mnist:test.
+    CHECKPOINT is the folder of a run or a checkpoint file. DATA is a file as for train, or mnist:train,
+    mnist:test.
     Left out: the test data of the run.
 
     \b
@@ -495,7 +551,7 @@ def evaluate(checkpoint: str, data: str | None, num_samples: int, seed: int) -> 
     click.echo(f"data           {name}: {result.count:,} datapoints, {prepared.kind} pixels")
 
 
-@main.command()
+@main.command(short_help="Draw samples from a trained model.")
 @_CHECKPOINT
 @click.option("-n", "--number", type=click.IntRange(1), default=100, help="How many samples.")
 @click.option("-o", "--out", default="samples.png", help="A .png picture, or .npy for float32 [N, D].")
@@ -527,25 +583,29 @@ def sample(checkpoint: str, number: int, out: str, seed: int, image_shape: str) 
         shape = _image_shape(image_shape, model.data_dim or 0)
         shape = plots.image_shape(model.data_dim or 0) if shape == "guess" else shape
         if shape is None or isinstance(shape, str):
-            raise click.UsageError(f"--image-shape: found none for data of {model.data_dim} features; wanted HEIGHTxWIDTH, or -o samples.npy")
+            raise click.UsageError(
+                f"--image-shape: found none for data of {model.data_dim} features; "
+                "wanted HEIGHTxWIDTH, or -o samples.npy"
+            )
         images = model.sample(number, seed=seed)
         low, high = min(0.0, float(images.min())), max(1.0, float(images.max()))
-        pixels = plots.tile(images, shape, value_range=(low, high))
-        plots.save_png(payload, pixels)
+        payload.write(plots.png(plots.tile(images, shape, value_range=(low, high))))
     with _writing(out):
         write_atomically(target, payload.getvalue())
     click.echo(f"{number:,} samples: {out}")
 
 
-@main.command()
+@main.command(short_help="Write the latent means and log-variances of data.")
 @_CHECKPOINT
 @click.argument("data")
-@click.option("-o", "--out", default="latents.npz", help="An .npz file with mu and logvar, float32 [N, latents] each.")
+@click.option(
+    "-o", "--out", default="latents.npz", help="An .npz file with mu and logvar, float32 [N, latents] each."
+)
 def encode(checkpoint: str, data: str, out: str) -> None:
     """Write the posterior of every datapoint: mean mu and log-variance logvar of q(z | x).
 
-    CHECKPOINT is the folder of a run or a checkpoint file. DATA is a file as for train, or mnist:train, mnist:test.
-    Row k of the result belongs to row k of the data.
+    CHECKPOINT is the folder of a run or a checkpoint file. DATA is a file as for train, or mnist:train,
+    mnist:test. Row k of the result belongs to row k of the data.
 
     \b
     Example: vae-fast encode vae-fast-run mnist:test -o latents.npz
@@ -619,7 +679,9 @@ def _image_shape(text: str, width: int) -> tuple[int, ...] | str | None:
 
     shape = tuple(map(int, text.split("x")))
     if math.prod(shape) != width or (len(shape) == 3 and shape[2] not in (1, 3)):
-        raise click.UsageError(f"--image-shape: found {text}; wanted sizes whose product is {width}, the width of the data")
+        raise click.UsageError(
+            f"--image-shape: found {text}; wanted sizes whose product is {width}, the width of the data"
+        )
     return shape
 
 
@@ -637,10 +699,10 @@ def _output(out: str, suffixes: tuple[str, ...]) -> Path:
 def _writing(where: str) -> Iterator[None]:
     try:
         yield
-    except FileExistsError:
-        raise
     except OSError as error:
-        raise click.UsageError(f"--out: found {where}, which cannot be written ({error.strerror}); wanted another place") from error
+        raise click.UsageError(
+            f"--out: found {where}, which cannot be written ({error.strerror}); wanted another place"
+        ) from error
 
 
 def _absolute(data: str) -> str:
@@ -651,14 +713,15 @@ def _shown(data: str) -> str:
     return "MNIST" if data == "mnist" else os.path.basename(data)
 
 
-# ---- doctor ------------------------------------------------------------------------------------------------------------
+# ---- doctor ------------------------------------------------------------------------------------------------
 
 
-@main.command()
+@main.command(short_help="Check this installation.")
 def doctor() -> None:
     """Check this installation, and say what to do where something is wrong.
 
-    Versions, CUDA or why not, the CPU's instruction set, and every operator against float64. Exit code 1 if a check fails.
+    Versions, CUDA or why not, the CPU's instruction set, and every operator against float64. Exit code 1 if a
+    check fails.
 
     \b
     Example: vae-fast doctor
@@ -673,3 +736,7 @@ def doctor() -> None:
             click.echo(f"{'':<20} {finding.remedy}")
     click.echo("all is well" if not failures else f"{failures} of these checks failed")
     sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main(prog_name="vae-fast")

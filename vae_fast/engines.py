@@ -23,7 +23,7 @@ from .batches import Source
 from .estimators import BINARISE, ESTIMATORS, MODULES, NOISE, Estimate, step_seed, weights
 
 CHUNK_STEPS = {"cpu": 50, "cuda": 1000}  # the host looks at a training so often: a few times a second
-ENGINES = ("auto", "reference", "modules", "native")
+ENGINES = ("auto", "reference", "modules")  # and "native", which is reserved
 
 
 class StepTerms(NamedTuple):
@@ -186,7 +186,7 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Captures for the current CUDA device."""
+    """Captures on one side stream of a device, the one that warm-up steps ran on."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -200,7 +200,7 @@ class CudaGraphs:
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls can spoil the capture: a DataLoader's pinning thread goes on as it likes.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             body()
         return graph.replay
 
@@ -286,13 +286,23 @@ class AutogradEngine:
         program, step, before = self._program, self.next_step, self.snapshot()
         size = int(program.source.sizes(step, 1)[0])
         program.load(step, 1)
-        estimate = program.estimate(size)
-        term, value, position = self._not_finite(estimate)
+        inputs: list[Tensor] = []  # of the encoder, as leaves: their gradients keep datapoints apart
+
+        def as_leaf(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            inputs.append(args[0].detach().requires_grad_())
+            return (inputs[-1], *args[1:])
+
+        hook = program.model.encoder.register_forward_pre_hook(as_leaf)
+        try:
+            estimate = program.estimate(size)
+        finally:
+            hook.remove()
+        term, value, position = self._not_finite(estimate, inputs)
         self.restore(before)  # the forward pass of a module may have moved its running statistics
         datapoint = None if position is None else program.source.datapoint(step, position)
         return Incident(step, term, value, datapoint)
 
-    def _not_finite(self, estimate: Estimate) -> tuple[str, float, int | None]:
+    def _not_finite(self, estimate: Estimate, inputs: list[Tensor]) -> tuple[str, float, int | None]:
         """(term, its value, position in the minibatch) of the first thing that is not finite."""
         for term in ("log_likelihood", "kl", "objective"):
             values = getattr(estimate, term).detach()
@@ -301,11 +311,23 @@ class AutogradEngine:
                 position = int(bad[0])
                 return term, float(values[position]), position
         params = [p for p in self._program.model.parameters() if p.requires_grad]
-        for position, objective in enumerate(estimate.objective):
-            for grad in torch.autograd.grad(objective, params, retain_graph=True, allow_unused=True):
-                if grad is not None and not grad.isfinite().all():
-                    return "the gradient", float(grad[grad.isfinite().logical_not()][0]), position
+        grads = torch.autograd.grad(-estimate.objective.mean(), [*inputs, *params], allow_unused=True)
+        for i, grad in enumerate(grads):
+            if grad is not None and not grad.isfinite().all():
+                bad = grad.isfinite().logical_not().nonzero()
+                # Of a parameter's gradient, a sum over datapoints, nobody can say which one spoilt it.
+                return "the gradient", float(grad[tuple(bad[0])]), int(bad[0, 0]) if i < len(inputs) else None
         return "the optimizer's update", math.nan, None
+
+
+def check_engine(name: str) -> None:
+    """Refuses an engine that is not in this version."""
+    if name == "native":
+        raise ValueError(
+            'engine: got "native", which is not in this version; wanted "auto", "modules" or "reference"'
+        )
+    if name not in ENGINES:
+        raise ValueError(f"engine: got {name!r}, wanted one of {', '.join(map(repr, ENGINES))}")
 
 
 def make_engine(
@@ -317,25 +339,25 @@ def make_engine(
     device: torch.device,
 ) -> tuple[Engine, str]:
     """An engine by name, and why this one."""
-    if name == "native":
-        raise ValueError(
-            'engine: got "native", which is not in this version; wanted "auto", "modules" or "reference"'
-        )
-    if name not in ENGINES:
-        raise ValueError(f"engine: got {name!r}, wanted one of {', '.join(map(repr, ENGINES))}")
+    check_engine(name)
     why = "asked for" if name != "auto" else "the fastest engine of this version, for any encoder and decoder"
+    ops = reference if name == "reference" else functional
+    program = StepProgram(ops, model, optimizer, source, plan, device)
     if name == "reference":
-        return AutogradEngine(name, StepProgram(reference, model, optimizer, source, plan, device)), why
-    program = StepProgram(functional, model, optimizer, source, plan, device)
+        return AutogradEngine("reference", program), why
     if device.type != "cuda":
         return AutogradEngine("modules", program), why
-    if not all(group.get("capturable", True) for group in optimizer.param_groups):
-        return AutogradEngine(
-            "modules", program
-        ), f"{why}; not captured in a CUDA graph: the optimizer has capturable=False"
-    return AutogradEngine(
-        "modules", program, CudaGraphs(device)
-    ), f"{why}; whole steps captured in CUDA graphs"
+    if not _capturable(optimizer):
+        why += "; not captured in a CUDA graph, because the optimizer is not capturable"
+        return AutogradEngine("modules", program), why
+    return AutogradEngine("modules", program, CudaGraphs(device)), f"{why}; whole steps in CUDA graphs"
+
+
+def _capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """What torch's optimizers say of themselves; SGD has no step counter, so it needs no such option."""
+    return all(
+        group.get("capturable", isinstance(optimizer, torch.optim.SGD)) for group in optimizer.param_groups
+    )
 
 
 # --- the state of a training --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ paper's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ __all__ = [
     "reparameterize_with_kl",
 ]
 
-_ops = torch.ops.vae_fast
+_ops: Any = torch.ops.vae_fast
 
 
 def reparameterize(
@@ -62,7 +63,8 @@ def reparameterize(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message names the argument.
     """
-    return _ops.reparameterize_forward(mu, logvar, _seed_tensor(seed, mu.device, generator), num_samples)
+    seed = _seed_tensor(seed, mu.device, generator)
+    return cast(Tensor, _ops.reparameterize_forward(mu, logvar, seed, num_samples))
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
@@ -195,7 +197,7 @@ def philox_normal(
         ValueError: a seed tensor has more than one element, or is on another device.
     """
     device = seed.device if isinstance(seed, Tensor) else torch.device(device)
-    return _ops.philox_normal(shape, _seed_tensor(seed, device, None), dtype)
+    return cast(Tensor, _ops.philox_normal(shape, _seed_tensor(seed, device, None), dtype))
 
 
 def _seed_tensor(

@@ -6,6 +6,7 @@ Source: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114, se
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -72,7 +73,7 @@ class ELBOLoss(nn.Module):
 
 def _hidden_layers(widths: Sequence[int], activation: str) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
 

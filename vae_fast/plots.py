@@ -1,16 +1,18 @@
 """Figures of a training run, each a pure function that returns a matplotlib Figure.
 
-Nothing is shown and no global state of pyplot is touched: ``figure.savefig("curves.svg")`` draws one. matplotlib is
-imported when a figure is made, so the package works without it.
+Nothing is shown and no global state of pyplot is touched: ``figure.savefig("curves.svg")`` draws one.
+matplotlib is imported when a figure is made, so the package works without it.
 
-Colours say whose numbers they are: blue the test data, vermilion the training data, grey the paper. They are from the
-palette of Okabe & Ito, which colour-blind readers can tell apart. Every bound is in nats per datapoint.
+Colours say whose numbers they are: blue the test data, vermilion the training data, grey the paper. They are
+from the palette of Okabe & Ito, which colour-blind readers can tell apart. Every bound is in nats per
+datapoint.
 """
 
 from __future__ import annotations
 
 import csv
 import importlib.resources
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -33,14 +35,15 @@ QUIET = "#6e7781"  # axes, ticks, and the paper's curve
 FAINT = "#e3e6ea"  # grid lines and what is switched off
 TEST = "#0072b2"
 TRAIN = "#d55e00"
-ACTIVE_THRESHOLD = 0.01  # Var_x(E_q[z]) above it: the unit is in use (Burda, Grosse & Salakhutdinov, arXiv:1509.00519)
+ACTIVE_THRESHOLD = 0.01  # Var_x(E_q[z]) of a unit in use; Burda, Grosse & Salakhutdinov, arXiv:1509.00519
 
 _SMALLEST_GUESS = 8  # a table of 16 columns is no 4 x 4 image; 8 x 8 digits are images
-_ENOUGH_FOR_A_GUESS = f"a square of {_SMALLEST_GUESS} x {_SMALLEST_GUESS} pixels or more, or 28 x 20"
 
 
 class PaperCurve(NamedTuple):
-    """The paper's test bound of AEVB on MNIST as drawn in its figure 2: float64 ``[n]`` each, samples increasing."""
+    """The paper's test bound of AEVB on MNIST as drawn in its figure 2: float64 ``[n]`` each, samples
+    increasing.
+    """
 
     latent_dim: int
     samples: _Floats
@@ -56,8 +59,8 @@ class PaperCurve(NamedTuple):
 def paper_curve(latent_dim: int | None) -> PaperCurve | None:
     """The paper's curve for so many latent variables: 3, 5, 10, 20 or 200; None for others.
 
-    Source: Kingma & Welling, arXiv:1312.6114, figure 2, read from the vector drawing. 500 hidden units, real-valued
-    pixels, minibatches of 100, one posterior sample.
+    Source: Kingma & Welling, arXiv:1312.6114, figure 2, read from the vector drawing. 500 hidden units,
+    real-valued pixels, minibatches of 100, one posterior sample.
     """
     file = importlib.resources.files("vae_fast") / "data" / "paper" / "figure2.csv"
     with file.open(encoding="utf-8") as lines:
@@ -68,14 +71,16 @@ def paper_curve(latent_dim: int | None) -> PaperCurve | None:
     return PaperCurve(latent_dim, samples, bound)
 
 
-# ---- curves ------------------------------------------------------------------------------------------------------------
+# ---- curves ------------------------------------------------------------------------------------------------
 
 
 def curves(history: History, paper: PaperCurve | None = None) -> Figure:
-    """The bound against samples seen, on the logarithmic axis of the paper's figure 2, and its two terms beside it.
+    """The bound against samples seen, on the logarithmic axis of the paper's figure 2, and its two terms
+    beside it.
 
     Args:
-        history: of a training; train values are means since the row before, test values are over the whole test set.
+        history: of a training; train values are means since the row before, test values are over the whole
+            test set.
         paper: drawn as a thin grey line where it overlaps the history; see :func:`paper_curve`.
 
     Raises:
@@ -105,7 +110,6 @@ def curves(history: History, paper: PaperCurve | None = None) -> Figure:
                 marker = "o" if len(samples) <= 40 else ""
                 label = f"{name}  {_nats(_last(values))}"
                 ax.plot(samples, values, color=colour, lw=1.8, marker=marker, ms=3, label=label, zorder=3)
-        ax.set_xscale("log")
         _sample_axis(ax, samples)
         _frame_values(ax, samples, drawn)
         if ax is whole and paper is not None:
@@ -139,22 +143,28 @@ def _draw_paper(ax: Axes, paper: PaperCurve, samples: _Floats) -> None:
 
 
 def _sample_axis(ax: Axes, samples: _Floats) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    """A logarithmic axis marked at 1, 2, 5, 10, ... or in equal steps where it is too short for those."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     low, high = float(samples.min()), float(samples.max())
     if low == high:
         low, high = low / 2, high * 2
     pad = (high / low) ** 0.03
+    ax.set_xscale("log")
     ax.set_xlim(low / pad, high * pad)
-    decades = math.log10(high / low)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=20))
+    digits = (1, 2, 5) if high < 300 * low else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = [digit * 10.0**power for power in powers for digit in digits]
+    marks = [mark for mark in marks if low / pad <= mark <= high * pad]
+    if len(marks) < 2:
+        marks = [float(mark) for mark in MaxNLocator(4).tick_values(low, high)]
+    ax.xaxis.set_major_locator(FixedLocator(marks))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _frame_values(ax: Axes, samples: _Floats, curves: Sequence[_Floats]) -> None:
-    """The first moves of a training are so large that they would flatten the rest: they may leave the frame."""
+    """The first moves of a training are so large that they would flatten the rest: they leave the frame."""
     if not curves:
         return
     settled = np.concatenate([values[samples >= 0.1 * samples.max()] for values in curves])
@@ -162,17 +172,19 @@ def _frame_values(ax: Axes, samples: _Floats, curves: Sequence[_Floats]) -> None
     settled, everything = settled[np.isfinite(settled)], everything[np.isfinite(everything)]
     if not settled.size:
         return
-    span = max(float(np.ptp(settled)), 1e-3 * abs(float(settled[-1])), 1e-6)
+    span = max(float(np.ptp(settled)), 1e-2 * abs(float(settled[-1])), 1e-6)
     low = max(float(everything.min()), float(settled.min()) - 0.6 * span)
     high = min(float(everything.max()), float(settled.max()) + 0.6 * span)
     ax.set_ylim(low - 0.06 * span, high + 0.06 * span)
 
 
-# ---- images ------------------------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 
 def image_shape(data_dim: int) -> tuple[int, int] | None:
-    """A guess at (height, width): a square of 8 x 8 pixels or more, Frey Face's 28 x 20; None if it is neither."""
+    """A guess at (height, width): a square of 8 x 8 pixels or more, Frey Face's 28 x 20; None if it is
+    neither.
+    """
     if data_dim == 560:
         return 28, 20
     side = math.isqrt(data_dim)
@@ -197,8 +209,8 @@ def tile(
         gap: transparent pixels between images.
 
     Returns:
-        RGBA uint8 ``[rows * (height + gap) - gap, ncols * (width + gap) - gap, 4]``; places without an image are
-        transparent.
+        RGBA uint8 ``[rows * (height + gap) - gap, ncols * (width + gap) - gap, 4]``; places without an image
+        are transparent.
 
     Raises:
         ValueError: D does not fit the shape, or no shape can be guessed.
@@ -221,6 +233,16 @@ def tile(
     return np.ascontiguousarray(picture[: picture.shape[0] - gap, : picture.shape[1] - gap])
 
 
+def png(pixels: _Pixels) -> bytes:
+    """RGBA uint8 ``[height, width, 4]``, as :func:`tile` returns, as a PNG file of exactly these pixels."""
+    _need_matplotlib()
+    from matplotlib.image import imsave
+
+    file = io.BytesIO()
+    imsave(file, pixels, format="png")
+    return file.getvalue()
+
+
 def image_grid(
     images: Any,
     shape: Sequence[int] | None = None,
@@ -241,9 +263,11 @@ def samples(
     image_shape: Sequence[int] | None = None,
     value_range: tuple[float, float] = (0.0, 1.0),
 ) -> Figure:
-    """Pixel means of n draws from the prior, as in the paper's figure 5."""
-    images = model.sample(n, seed=seed)
-    return image_grid(images, image_shape, title=f"{n} samples from the prior", value_range=value_range)
+    """Pixel means of n draws from the prior, as in the paper's figure 5; a square number fills a square."""
+    side = math.isqrt(n)
+    images, title = model.sample(n, seed=seed), f"{n} samples from the prior"
+    columns = side if side * side == n else None
+    return image_grid(images, image_shape, columns, title=title, value_range=value_range)
 
 
 def reconstructions(
@@ -290,9 +314,10 @@ def manifold(
 ) -> Figure:
     """Pixel means over an n x n grid of latent values, as in the paper's figure 4.
 
-    The values are the quantiles Phi^-1((i + 1/2) / n) of the prior, i = 0 ... n-1, so each image stands for an equal
-    share of it. The first unit grows from left to right, the second from bottom to top. With more than two latents
-    the grid moves the two most active ones and leaves the others at 0; with one there is a single row.
+    The values are the quantiles Phi^-1((i + 1/2) / n) of the prior, i = 0 ... n-1, so each image stands for
+    an equal share of it. The first unit grows from left to right, the second from bottom to top. With more
+    than two latents the grid moves the two most active ones and leaves the others at 0; with one there is a
+    single row.
 
     Args:
         variance: Var_x(E_q[z]) per unit, ``[latent_dim]``, needed with more than two latents.
@@ -318,7 +343,8 @@ def _manifold(model: Any, n: int, variance: Any) -> tuple[NDArray[np.float32], l
         raise ValueError(f"n: got {n}, wanted a positive integer")
     if variance is None and model.latent_dim > 2:
         raise ValueError(
-            f"variance: got None, wanted Var_x(E_q[z]) of each of the {model.latent_dim} latents, to choose the two most active"
+            f"variance: got None, wanted Var_x(E_q[z]) of each of the {model.latent_dim} latents, "
+            "to choose the two most active"
         )
     units = most_active(variance) if model.latent_dim > 2 else list(range(model.latent_dim))
     quantiles = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
@@ -332,14 +358,14 @@ def _manifold(model: Any, n: int, variance: Any) -> tuple[NDArray[np.float32], l
     return images.float().cpu().numpy(), units
 
 
-# ---- data that are no images -------------------------------------------------------------------------------------------
+# ---- data that are no images -------------------------------------------------------------------------------
 
 
 def feature_rows(panels: Mapping[str, Any]) -> Figure:
     """Datapoints as rows of a heat map, features as columns, one panel per entry, all on one scale.
 
-    For data that are no images. Values in [0, 1] are shown as they are; others in standard deviations from the mean
-    of their feature, both taken from the first panel.
+    For data that are no images. Values in [0, 1] are shown as they are; others in standard deviations from
+    the mean of their feature, both taken from the first panel.
 
     Args:
         panels: title to values ``[n, D]``; the first are the data.
@@ -368,19 +394,23 @@ def feature_rows(panels: Mapping[str, Any]) -> Figure:
         )
     axes[-1].set_xlabel("feature", color=QUIET)
     assert image is not None
-    bar = figure.colorbar(image, ax=list(axes), shrink=min(1.0, 2.2 / figure.get_figheight()), aspect=18, pad=0.015)
+    bar = figure.colorbar(
+        image, ax=list(axes), shrink=min(1.0, 2.2 / figure.get_figheight()), aspect=18, pad=0.015
+    )
     bar.set_label(label, color=QUIET, fontsize=9)
     bar.ax.tick_params(colors=QUIET, labelsize=8, length=0)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 
-# ---- latent variables --------------------------------------------------------------------------------------------------
+# ---- latent variables --------------------------------------------------------------------------------------
 
 
 def latent_activity(variance: Any) -> Figure:
-    """Var_x(E_q[z]) of every latent unit as bars, most active first, with the line of 0.01 above which one is in use."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+    """Var_x(E_q[z]) of every latent unit as bars, most active first, with the line of 0.01 above which one is
+    in use.
+    """
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     sizes = _rows("variance", variance).reshape(-1)
     order = np.argsort(-sizes, kind="stable")
@@ -405,24 +435,32 @@ def latent_activity(variance: Any) -> Figure:
         ax.set_xticks(places, [str(unit + 1) for unit in order])
         ax.set_xlabel("latent unit, most active first", color=QUIET)
     else:
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        step = 10 ** math.floor(math.log10(len(sizes) / 3))
+        ranks = range(step, len(sizes) + 1, step)
+        ax.set_xticks([rank - 1 for rank in ranks], [str(rank) for rank in ranks])
         ax.set_xlabel("rank of the latent unit, most active first", color=QUIET)
     ax.tick_params(axis="x", length=0)
     ax.grid(False, axis="x")
     return figure
 
 
-# ---- shared ------------------------------------------------------------------------------------------------------------
+# ---- shared ------------------------------------------------------------------------------------------------
 
 
 def _figure(width: float, height: float) -> Figure:
+    _need_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), dpi=150, facecolor="white", layout="constrained")
+
+
+def _need_matplotlib() -> None:
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"plots need matplotlib, which does not load ({error}): pip install matplotlib"
         ) from error
-    return Figure((width, height), dpi=150, facecolor="white", layout="constrained")
 
 
 def _style(ax: Axes, title: str) -> None:
@@ -435,6 +473,7 @@ def _style(ax: Axes, title: str) -> None:
     ax.spines["bottom"].set_linewidth(0.8)
     ax.grid(True, axis="y", color=FAINT, lw=0.8)
     ax.set_axisbelow(True)
+    ax.ticklabel_format(axis="y", useOffset=False)
     ax.tick_params(colors=QUIET, labelsize=9, length=0)
     ax.tick_params(axis="x", length=3, width=0.8)
     ax.xaxis.label.set_fontsize(9)
@@ -465,14 +504,16 @@ def _checked_shape(data_dim: int, shape: Sequence[int] | None) -> tuple[int, int
     found = shape or image_shape(data_dim)
     if found is None:
         raise ValueError(
-            f"image_shape: got None and {data_dim} features, wanted (height, width); it is guessed for {_ENOUGH_FOR_A_GUESS}"
+            f"image_shape: got None and {data_dim} features, wanted (height, width); "
+            f"it is guessed for squares of {_SMALLEST_GUESS} x {_SMALLEST_GUESS} or more, and 28 x 20"
         )
     sizes = tuple(int(size) for size in found)
     if len(sizes) == 2:
         sizes = (*sizes, 1)
     if len(sizes) != 3 or min(sizes) < 1 or sizes[2] not in (1, 3) or math.prod(sizes) != data_dim:
         raise ValueError(
-            f"image_shape: got {tuple(found)}, wanted (height, width) or (height, width, 3) of {data_dim} pixel values in all"
+            f"image_shape: got {tuple(found)}, wanted (height, width) or (height, width, 3) "
+            f"of {data_dim} pixel values in all"
         )
     return sizes
 

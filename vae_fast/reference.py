@@ -148,15 +148,16 @@ def reparameterize_with_kl(
 def bernoulli_log_likelihood(logits: Tensor, x: Tensor, *, reduction: str = "none") -> Tensor:
     """log p(x|z) = sum_i x_i log y_i + (1 - x_i) log(1 - y_i), y = sigmoid(logits) (equation 11)."""
     dtype = loss_dtype(logits.dtype)
-    logits, x = torch.broadcast_tensors(logits.to(dtype), x.to(dtype))
-    nll = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    nll = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits.to(dtype), x.to(dtype).expand(logits.shape), reduction="none"
+    )
     return reduce(-nll.sum(dim=-1), reduction)
 
 
 def gaussian_log_likelihood(mean: Tensor, logvar: Tensor, x: Tensor, *, reduction: str = "none") -> Tensor:
     """log p(x|z) = -1/2 sum_i (log 2 pi + logvar_i + (x_i - mean_i)^2 / exp(logvar_i)) (equation 12)."""
     dtype = loss_dtype(mean.dtype)
-    mean, logvar, x = torch.broadcast_tensors(mean.to(dtype), logvar.to(dtype), x.to(dtype))
+    mean, logvar, x = mean.to(dtype), logvar.to(dtype), x.to(dtype)
     return reduce(
         -0.5 * torch.sum(math.log(2 * math.pi) + logvar + (x - mean) ** 2 / logvar.exp(), -1), reduction
     )
@@ -165,7 +166,7 @@ def gaussian_log_likelihood(mean: Tensor, logvar: Tensor, x: Tensor, *, reductio
 def elbo(
     logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, beta: float = 1.0, reduction: str = "mean"
 ) -> ELBO:
-    """SGVB-B: log p(x|z) averaged over latent samples, minus beta times the KL divergence (equations 7, 10)."""
+    """SGVB-B: log p(x|z) averaged over latent samples, minus beta times the KL (equations 7, 10)."""
     kl = gaussian_kl(mu, logvar)
     log_likelihood = average_samples(bernoulli_log_likelihood(logits, x), kl.dim())
     terms = (log_likelihood - beta * kl, log_likelihood, kl)

@@ -1,7 +1,7 @@
 """The report of a training run: one HTML file that needs nothing but a browser.
 
-Curves are inline SVG in the page's own colours, so they follow a light or dark theme; pictures lie in them as PNG. No
-script, no font, no style sheet is fetched from anywhere. All text that comes from outside is escaped.
+Curves are inline SVG in the page's own colours, so they follow a light or dark theme; pictures lie in them as
+PNG. No script, no font, no style sheet is fetched from anywhere. All text that comes from outside is escaped.
 """
 
 from __future__ import annotations
@@ -51,16 +51,20 @@ def write_report(
     resume: str = "",
     notes: Iterable[str] = (),
 ) -> None:
-    """Writes what was trained, how well, how fast, on what and with what, to one HTML file, whole or not at all.
+    """Writes what was trained, how well, how fast, on what and with what, to one HTML file, whole or not at
+    all.
 
     Args:
         path: the file; one that is there is replaced.
         trainer: after ``fit``.
-        train, test: the data of that training, as ``fit`` takes them (not streams); pictures and the latent activity
+        train, test: the data of that training, as ``fit`` takes them (not streams); pictures and the latent
+            activity
             are of the test data where there are any. Without either they are left out.
-        name: of the data, for the headline. "MNIST" has the paper's values set beside ours where the model is the
+        name: of the data, for the headline. "MNIST" has the paper's values set beside ours where the model is
+            the
             paper's, too.
-        image_shape: (height, width) or (height, width, 3) of a datapoint; "guess" takes a square of 8 x 8 pixels or
+        image_shape: (height, width) or (height, width, 3) of a datapoint; "guess" takes a square of 8 x 8
+            pixels or
             more, and 28 x 20; None says that the data are no images.
         reproduce, resume: commands to print.
         notes: sentences for the section on the data.
@@ -111,7 +115,9 @@ def _page(
         _paper_section(trainer, last, paper),
     ]
     if shown is not None and activity is not None:
-        sections += _pictures(trainer, shown, activity, image_shape, "training" if test_data is None else "test")
+        sections += _pictures(
+            trainer, shown, activity, image_shape, "training" if test_data is None else "test"
+        )
     data_notes = [data.note for data in (train_data, test_data) if data is not None]
     sections += [
         _section("Data", _list([*data_notes, *notes, *_incidents(trainer)])),
@@ -122,7 +128,8 @@ def _page(
     ]
     headline = _headline(trainer, name, last, train_data, activity)
     written = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    footer = f"<footer>Written {written}. Kingma &amp; Welling, <cite>Auto-Encoding Variational Bayes</cite>, arXiv:1312.6114.</footer>"
+    paper_title = "<cite>Auto-Encoding Variational Bayes</cite>"
+    footer = f"<footer>Written {written}. Kingma &amp; Welling, {paper_title}, arXiv:1312.6114.</footer>"
     body = "\n".join([headline, *filter(None, sections), footer])
     title = escape(f"VAE on {name}")
     return (
@@ -148,7 +155,7 @@ def _prepared(trainer: Trainer, data: Any, name: str, kind: str | None) -> Prepa
     return prepared.to(trainer.device)
 
 
-# ---- sections ----------------------------------------------------------------------------------------------------------
+# ---- sections ----------------------------------------------------------------------------------------------
 
 
 def _headline(
@@ -160,12 +167,16 @@ def _headline(
 ) -> str:
     seen = f"{last.samples:,} samples"
     epochs = "" if train is None else f", {last.samples / len(train):.3g} epochs of {len(train):,} datapoints"
-    which, bound = ("Test", last.test_bound) if last.test_bound is not None else ("Training", last.train_bound)
+    which, bound = (
+        ("Test", last.test_bound) if last.test_bound is not None else ("Training", last.train_bound)
+    )
     facts = [(f"{which} bound", _signed(bound), "nats per datapoint, higher is better")]
     facts.append(("Training time", _duration(last.seconds), f"{last.steps:,} steps, evaluation not counted"))
     if last.seconds > 0:
         rate = last.samples / last.seconds
-        facts.append(("Speed", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", "training samples per second"))
+        facts.append(
+            ("Speed", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", "training samples per second")
+        )
     if activity is not None:
         total = len(activity.variance)
         facts.append(("Latents in use", f"{activity.count} of {total}", "variance of E[z | x] above 0.01"))
@@ -200,7 +211,7 @@ def _curve_caption(paper: plots.PaperCurve | None) -> str:
 
 
 def _comparable(trainer: Trainer, name: str, data: Prepared | None) -> plots.PaperCurve | None:
-    """The paper's curve, where model and data are the paper's: MNIST, real pixels, 500 tanh units, Bernoulli."""
+    """The paper's curve, if model and data are: MNIST, real pixels, 500 tanh units, Bernoulli."""
     config = trainer.model.config
     if name != "MNIST" or config is None or data is None or data.kind != "real":
         return None
@@ -216,16 +227,32 @@ def _paper_section(trainer: Trainer, last: HistoryRow, paper: plots.PaperCurve |
     if theirs is not None:
         difference = last.test_bound - theirs
         word = "better" if difference >= 0 else "worse"
-        said = f"After {last.samples:,} samples the test bound is {_signed(last.test_bound)}; the paper’s drawn curve is at {_signed(theirs)} there: {abs(difference):.2f} nats {word} here."
-        rows.append([f"{last.samples:,}", _signed(last.test_bound), _signed(theirs), f"{'+' if difference >= 0 else '−'}{abs(difference):.2f}"])
+        said = (
+            f"After {last.samples:,} samples the test bound is {_signed(last.test_bound)}; the paper’s drawn "
+            f"curve is at {_signed(theirs)} there: {abs(difference):.2f} nats {word} here."
+        )
+        rows.append(
+            [
+                f"{last.samples:,}",
+                _signed(last.test_bound),
+                _signed(theirs),
+                f"{'+' if difference >= 0 else '−'}{abs(difference):.2f}",
+            ]
+        )
     else:
         side = "begins" if last.samples < paper.samples[0] else "ends"
         where = paper.samples[0] if side == "begins" else paper.samples[-1]
-        said = f"The paper’s drawn curve {side} at {where:,.0f} samples; this run has seen {last.samples:,}, so there is nothing to compare at equal samples."
+        said = (
+            f"The paper’s drawn curve {side} at {where:,.0f} samples; this run has seen {last.samples:,}, "
+            "so there is nothing to compare at equal samples."
+        )
     if end is not None:
-        rows.append([f"{PAPER_END:,}", "not trained so long" if last.samples < PAPER_END else "", _signed(end), ""])
+        rows.append(
+            [f"{PAPER_END:,}", "not trained so long" if last.samples < PAPER_END else "", _signed(end), ""]
+        )
         if last.samples < PAPER_END:
-            said += f" Its curve goes on to {_signed(end)} at {PAPER_END:,} samples, {PAPER_END / last.samples:,.3g} times as many."
+            times = f"{PAPER_END / last.samples:,.3g} times as many"
+            said += f" The paper’s goes on to {_signed(end)} at {PAPER_END:,} samples, {times}."
     differences = _differences(trainer)
     listed = f"<p>Not quite the same work. Here: {escape('; '.join(differences))}.</p>" if differences else ""
     return _section(
@@ -277,32 +304,52 @@ def _pictures(
         drawn = model.sample(100, seed=trainer.settings.seed) if has_prior else None
     guessed = image_shape == "guess"
     shape = plots.image_shape(data.width) if guessed else image_shape
-    bars = _figure_section(plots.latent_activity(activity.variance), "Each bar is Var<sub>x</sub>(E<sub>q</sub>[z]), the variance over the data of a unit’s posterior mean; units above the dashed line, 0.01, carry information.")
+    bars = _figure_section(
+        plots.latent_activity(activity.variance),
+        "Each bar is Var<sub>x</sub>(E<sub>q</sub>[z]), the variance over the data of a posterior mean; "
+        "units above the dashed line, 0.01, are in use.",
+    )
     if shape is None:
         few = _TABLE_ROWS
         panels = {f"Data ({which})": x[:few], "Reconstructions": xhat[:few]}
         if drawn is not None:
             panels["Samples from the prior"] = drawn[:few]
-        why = f"{data.width} values are no square image, nor 28 × 20" if guessed else "the data are said to be no images"
-        caption = f"No pictures: {why}. Rows are datapoints, in the same order above and below; columns are features."
-        return [_section("Data, reconstructions and samples", _inline(plots.feature_rows(panels)), caption), bars]
+        why = (
+            f"{data.width} values are no square image, nor 28 × 20"
+            if guessed
+            else "the data are said to be no images"
+        )
+        caption = (
+            f"No pictures: {why}. Rows are datapoints, in one order above and below; columns are features."
+        )
+        return [
+            _section("Data, reconstructions and samples", _inline(plots.feature_rows(panels)), caption),
+            bars,
+        ]
     assert not isinstance(shape, str)
     # Real numbers that are no pixels have no black and white of their own.
-    pixels = model.likelihood == "bernoulli" or data.scale != 1 or (float(x.min()) >= 0 and float(x.max()) <= 1)
+    pixels = (
+        model.likelihood == "bernoulli" or data.scale != 1 or (float(x.min()) >= 0 and float(x.max()) <= 1)
+    )
     options: dict[str, Any] = {
         "image_shape": shape,
         "value_range": (0.0, 1.0) if pixels else (float(x.min()), float(x.max())),
     }
     size = " × ".join(map(str, shape))
-    said = f"Evenly spaced rows of the {which} data, {size}; reconstructions are E[x | z] at the posterior mean."
+    said = (
+        f"Evenly spaced rows of the {which} data, {size}; reconstructions are E[x | z] at the posterior mean."
+    )
     found = [_figure_section(plots.reconstructions(x, xhat, **options), said)]
     if drawn is not None:
         found += [
             '<div class="columns">',
-            _figure_section(plots.samples(model, seed=trainer.settings.seed, **options), "E[x | z] for draws of z from N(0, I)."),
+            _figure_section(
+                plots.samples(model, seed=trainer.settings.seed, **options),
+                "E[x | z] for draws of z from N(0, I).",
+            ),
             _figure_section(
                 plots.manifold(model, 20, variance=activity.variance, **options),
-                "E[x | z] at the quantiles (i + ½) / 20 of the prior: each image stands for an equal share of it.",
+                "E[x | z] at the quantiles (i + ½) / 20 of the prior: images stand for equal shares of it.",
             ),
             "</div>",
         ]
@@ -314,7 +361,11 @@ def _incidents(trainer: Trainer) -> list[str]:
 
 
 def _settings(trainer: Trainer) -> str:
-    config = trainer.model.config or {"encoder": "own", "decoder": "own", "likelihood": trainer.model.likelihood}
+    config = trainer.model.config or {
+        "encoder": "own",
+        "decoder": "own",
+        "likelihood": trainer.model.likelihood,
+    }
     options = {
         key: value
         for key, value in trainer.optimizer.param_groups[0].items()
@@ -336,7 +387,11 @@ def _machine(trainer: Trainer) -> dict[str, object]:
     machine = {"device": str(device), "processor": f"{_processor()}, {torch.get_num_threads()} threads"}
     if device.type == "cuda":
         machine["GPU"] = torch.cuda.get_device_name(device)
-    cuda = f"yes, for {', '.join(map(str, _items(info['cuda_archs'])))}" if info["cuda"] else f"no: {info['why_no_cuda']}"
+    cuda = (
+        f"yes, for {', '.join(map(str, _items(info['cuda_archs'])))}"
+        if info["cuda"]
+        else f"no: {info['why_no_cuda']}"
+    )
     return {
         **machine,
         "system": f"{platform.system()} {platform.machine()}",
@@ -363,21 +418,45 @@ def _processor() -> str:
 
 def _commands(reproduce: str, resume: str) -> str:
     parts = [("The same training again", reproduce), ("To go on", resume)]
-    html = "".join(f"<p>{escape(what)}</p><pre><code>{escape(command)}</code></pre>" for what, command in parts if command)
+    html = "".join(
+        f"<p>{escape(what)}</p><pre><code>{escape(command)}</code></pre>"
+        for what, command in parts
+        if command
+    )
     return _section("Commands", html) if html else ""
 
 
 def _numbers(history: Iterable[HistoryRow]) -> str:
-    columns = ("test_bound", "train_bound", "test_log_likelihood", "test_kl", "train_log_likelihood", "train_kl")
-    heads = ["samples", "seconds", *(column.replace("_", " ").replace("log likelihood", "log p(x|z)").replace("kl", "KL") for column in columns)]
+    columns = (
+        "test_bound",
+        "train_bound",
+        "test_log_likelihood",
+        "test_kl",
+        "train_log_likelihood",
+        "train_kl",
+    )
+    heads = [
+        "samples",
+        "seconds",
+        *(
+            column.replace("_", " ").replace("log likelihood", "log p(x|z)").replace("kl", "KL")
+            for column in columns
+        ),
+    ]
     rows = [heads]
     for row in history:
         values = [getattr(row, column) for column in columns]
-        rows.append([f"{row.samples:,}", f"{row.seconds:.1f}", *("" if value is None else _signed(value) for value in values)])
+        rows.append(
+            [
+                f"{row.samples:,}",
+                f"{row.seconds:.1f}",
+                *("" if value is None else _signed(value) for value in values),
+            ]
+        )
     return f"<details><summary>All numbers of the curves</summary>{_grid(rows)}</details>"
 
 
-# ---- HTML --------------------------------------------------------------------------------------------------------------
+# ---- HTML --------------------------------------------------------------------------------------------------
 
 
 def _section(title: str, html: str, caption: str = "") -> str:
@@ -401,9 +480,16 @@ def _inline(figure: Figure) -> str:
 
     file = io.StringIO()
     # "none" keeps text as text; the salt makes the ids inside the same from run to run.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vae-fast", "svg.image_inline": True}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "vae-fast", "svg.image_inline": True}
+    ):
         figure.savefig(
-            file, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.02, metadata={"Date": None}
+            file,
+            format="svg",
+            transparent=True,
+            bbox_inches="tight",
+            pad_inches=0.02,
+            metadata={"Date": None},
         )
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -425,7 +511,8 @@ def _table(rows: Mapping[str, object], title: str = "") -> str:
 def _grid(rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="wide">{table}</div>'
 
 
 def _list(sentences: Sequence[str]) -> str:
@@ -458,21 +545,24 @@ def _duration(seconds: float) -> str:
 
 
 _CSS = """
-:root { color-scheme: light dark; --paper: #ffffff; --panel: #f6f8fa; --ink: #1f2328; --quiet: #6e7781; --faint: #e3e6ea;
-  --test: #0072b2; --train: #d55e00; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --panel: #1c2026; --ink: #e6e9ed; --quiet: #98a2ad;
-  --faint: #2c323a; --test: #56b4e9; --train: #f0833a; } }
+:root { color-scheme: light dark; --paper: #ffffff; --panel: #f6f8fa; --ink: #1f2328; --quiet: #6e7781;
+  --faint: #e3e6ea; --test: #0072b2; --train: #d55e00; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --panel: #1c2026; --ink: #e6e9ed;
+  --quiet: #98a2ad; --faint: #2c323a; --test: #56b4e9; --train: #f0833a; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 3rem 1.5rem 4rem; }
-h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 .4rem;
+  overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 0 0 .9rem; }
 header p { margin: 0; color: var(--quiet); }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem; margin: 1.8rem 0 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem;
+  margin: 1.8rem 0 0; }
 dl div { background: var(--panel); border-radius: .6rem; padding: .9rem 1.1rem 1rem; }
 dt { font-size: .85rem; color: var(--quiet); }
-dd { margin: 0; font-size: 1.65rem; font-weight: 600; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
+dd { margin: 0; font-size: 1.65rem; font-weight: 600; letter-spacing: -0.01em;
+  font-variant-numeric: tabular-nums; }
 small { display: block; font-size: .8rem; line-height: 1.35; color: var(--quiet); }
 section, details { margin-top: 2.8rem; min-width: 0; }
 figure { margin: 0; }
@@ -482,7 +572,8 @@ svg { display: block; max-width: 100%; height: auto; }
 svg text { font-family: inherit !important; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: .4rem; }
-th, td { text-align: left; vertical-align: top; padding: .38rem 1.2rem .38rem 0; border-bottom: 1px solid var(--faint); }
+th, td { text-align: left; vertical-align: top; padding: .38rem 1.2rem .38rem 0;
+  border-bottom: 1px solid var(--faint); }
 th { font-weight: 400; color: var(--quiet); white-space: nowrap; }
 td { overflow-wrap: anywhere; }
 .facts { width: 100%; }
@@ -490,11 +581,13 @@ td { overflow-wrap: anywhere; }
 .numbers th, .numbers td { text-align: right; padding: .38rem 0 .38rem 1.6rem; white-space: nowrap; }
 .numbers th:first-child, .numbers td:first-child { text-align: left; padding-left: 0; }
 .wide { overflow-x: auto; margin: 0 0 .8rem; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
+  gap: 1.5rem 3rem; align-items: start; }
 section + .columns { gap: 0 3rem; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.5rem 3rem; align-items: start; }
-pre { margin: .3rem 0 1rem; padding: .8rem 1rem; background: var(--panel); border-radius: .5rem; overflow-x: auto;
-  font: .875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { margin: .3rem 0 1rem; padding: .8rem 1rem; background: var(--panel); border-radius: .5rem;
+  overflow-x: auto; font: .875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 summary { cursor: pointer; font-weight: 600; margin-bottom: .8rem; }
-footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--faint); font-size: .85rem; color: var(--quiet); }
+footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--faint); font-size: .85rem;
+  color: var(--quiet); }
 @media print { main { max-width: none; padding: 0; } section { break-inside: avoid; } }
 """

@@ -31,11 +31,11 @@ from .checkpoint import CheckpointError
 from .datasets import Prepared, is_stream, prepare
 from .engines import (
     CHUNK_STEPS,
-    ENGINES,
     Engine,
     Incident,
     Plan,
     State,
+    check_engine,
     copy_state,
     first_random_state,
     make_engine,
@@ -208,11 +208,7 @@ class Trainer:
         device: torch.device | str | None = None,
         on_nan: str = "stop",
     ) -> None:
-        _one_of("engine", engine, ENGINES)
-        if engine == "native":
-            raise ValueError(
-                'engine: got "native", which is not in this version; wanted "auto", "modules" or "reference"'
-            )
+        check_engine(engine)
         _one_of("on_nan", on_nan, ON_NAN)
         name = optimizer if isinstance(optimizer, str) else None
         if not isinstance(model, VAE):
@@ -307,13 +303,15 @@ class Trainer:
         end = self.samples_seen + max_samples
         every = report_every or max(10_000, source.count or 0)
 
-        def report() -> None:
-            self._report(test_data)
-            if checkpoint is not None:
-                self.save(checkpoint)
-
         self.model.train()
         with self._randomness(), _Interrupt() as interrupt, _bar(max_samples, progress) as bar:
+
+            def report() -> None:
+                self._report(test_data)
+                bar.set_postfix_str(_summary(self.history.last))
+                if checkpoint is not None:
+                    self.save(checkpoint)
+
             self._say(bar, f"engine {self.engine_name}: {self.engine_reason}")
             said = False
             while self.samples_seen < end:
@@ -330,7 +328,6 @@ class Trainer:
                 bar.update(self.samples_seen - before)
                 if self.samples_seen >= next_report:
                     report()
-                    bar.set_postfix_str(_summary(self.history.last))
                 if interrupt.happened:
                     saved = "no checkpoint was asked for"
                     if checkpoint is not None:

@@ -3,8 +3,7 @@
 //
 // Each thread of a block is a fiber. A thread runs until it waits for others, at __syncthreads() or a shuffle; when no
 // thread of a block can go on, they wait for different things, and the program stops. So a barrier in divergent code
-// is found. Memory from cudaMalloc ends at a page that cannot be touched. Build with -fsanitize=undefined, which finds
-// accesses that a device would refuse as misaligned.
+// is found. Memory from cudaMalloc ends at a page that cannot be touched; misaligned vector accesses stop the program.
 #pragma once
 
 #include <sys/mman.h>
@@ -31,10 +30,27 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct alignas(8) uint2 {
+// A device refuses a vector access that is not aligned to its size.
+inline void check_alignment(const void* p, size_t size) {
+  if (reinterpret_cast<uintptr_t>(p) % size == 0) return;
+  std::fprintf(stderr, "cuda emulation: an access of %zu bytes at a multiple of fewer\n", size);
+  std::abort();
+}
+
+template <class Vector>
+struct CheckedAssignment {
+  CheckedAssignment() = default;
+  CheckedAssignment(const CheckedAssignment&) = default;
+  CheckedAssignment& operator=(const CheckedAssignment& from) {
+    check_alignment(this, sizeof(Vector));
+    check_alignment(&from, sizeof(Vector));
+    return *this;
+  }
+};
+struct alignas(8) uint2 : CheckedAssignment<uint2> {
   unsigned x, y;
 };
-struct alignas(16) uint4 {
+struct alignas(16) uint4 : CheckedAssignment<uint4> {
   unsigned x, y, z, w;
 };
 
@@ -141,17 +157,24 @@ inline void run_block() {
     f.context.uc_link = nullptr;
     makecontext(&f.context, run_fiber, 0);
   }
-  for (int left = threads; left > 0;) {
-    b.progress = false;
-    left = 0;
-    for (b.current = 0; b.current < threads; ++b.current) {
-      Fiber& f = b.fibers[static_cast<size_t>(b.current)];
-      if (f.done) continue;
-      threadIdx = f.index;
-      swapcontext(&b.scheduler, &f.context);
-      left += !f.done;
+  for (bool all_done = false, progress = true; !all_done;) {
+    if (!progress) stop("threads wait for each other at different barriers or shuffles");
+    progress = false;
+    all_done = true;
+    for (int first = 0; first < threads; first += kWarp) {
+      // A warp goes as far as it can before the next one runs: what reads late then finds what was written too early.
+      do {
+        b.progress = false;
+        for (b.current = first; b.current < first + kWarp && b.current < threads; ++b.current) {
+          Fiber& f = b.fibers[static_cast<size_t>(b.current)];
+          if (f.done) continue;
+          threadIdx = f.index;
+          swapcontext(&b.scheduler, &f.context);
+          all_done = all_done && f.done;
+        }
+        progress = progress || b.progress;
+      } while (b.progress);
     }
-    if (left > 0 && !b.progress) stop("threads wait for each other at different barriers or shuffles");
   }
 }
 
@@ -183,7 +206,9 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
 
 template <class T>
 T __ldg(const T* p) {
-  return *p;
+  T value;
+  value = *p;
+  return value;
 }
 
 template <class... Parameters, class... Arguments>

@@ -1,0 +1,219 @@
+"""Timing: variants of the same work interleaved, medians with quantiles, a cold cache.
+
+On a GPU the runs of a variant over all buffer sets are captured in one CUDA graph, and its replays are timed by events
+behind a backlog, so that neither the host nor a single launch is timed. Where a capture fails, the runs themselves are
+queued behind a backlog.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+MAX_SETS = 128
+COLD_BYTES = 192 * 2**20  # of all buffer sets together: three times the L2 cache of an H200
+BACKLOG_CYCLES = 2_000_000  # about a millisecond
+ROUNDS_IN_FLIGHT = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the work.
+
+    prepare: what buffer set i needs before the clock starts. run: the timed work on what prepare returned; its result is
+    kept until the clock has stopped.
+    """
+
+    name: str
+    prepare: Callable[[int], Any]
+    run: Callable[[Any], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per run: the median, the 10 % and 90 % quantiles, how many were timed and how."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+    how: str
+
+    def to_dict(self) -> dict[str, object]:
+        return {name: round(v, 3) if isinstance(v, float) else v for name, v in asdict(self).items()}
+
+
+def summarise(samples: Sequence[float], how: str) -> Timing:
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    low, high = ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+    return Timing(statistics.median(ordered), low, high, len(ordered), how)
+
+
+def buffer_sets(bytes_per_set: int, device: torch.device) -> int:
+    """How many sets to go round, so that each comes from memory again; on a CPU two, for speed."""
+    if device.type != "cuda":
+        return 2
+    return max(2, min(MAX_SETS, -(-COLD_BYTES // max(bytes_per_set, 1))))
+
+
+def measure(
+    variants: Sequence[Variant], sets: int, device: torch.device, seconds: float
+) -> dict[str, Timing | str]:
+    """Times the variants in turns for about ``seconds``. A variant that fails has its error in place of a timing."""
+    return (_measure_cuda if device.type == "cuda" else _measure_cpu)(variants, sets, seconds)
+
+
+def _describe(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def _turns(items: Sequence[Any], round_number: int) -> list[Any]:
+    """The items, a different one first every time: none always follows the same other."""
+    start = round_number % len(items)
+    return [*items[start:], *items[:start]]
+
+
+def _measure_cpu(variants: Sequence[Variant], sets: int, seconds: float) -> dict[str, Timing | str]:
+    results: dict[str, Timing | str] = {}
+    working = []
+    for variant in variants:
+        try:
+            for i in (*range(sets), 0):  # warm-up: compiles, allocates
+                variant.run(variant.prepare(i))
+            working.append(variant)
+        except Exception as error:
+            results[variant.name] = _describe(error)
+    samples: dict[str, list[float]] = {variant.name: [] for variant in working}
+    end, round_number = time.perf_counter() + seconds, 0
+    while working and (round_number < 5 or time.perf_counter() < end):
+        for variant in _turns(working, round_number):
+            state = variant.prepare(round_number % sets)
+            start = time.perf_counter_ns()
+            kept = variant.run(state)
+            samples[variant.name].append((time.perf_counter_ns() - start) / 1e3)
+            del kept, state
+        round_number += 1
+    return results | {name: summarise(values, "clock") for name, values in samples.items()}
+
+
+def _measure_cuda(variants: Sequence[Variant], sets: int, seconds: float) -> dict[str, Timing | str]:
+    results: dict[str, Timing | str] = {}
+    replays: dict[str, Callable[[], None]] = {}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which made the inputs
+    for variant in variants:
+        try:
+            replays[variant.name] = _capture(variant, sets, stream)
+        except Exception:
+            torch.cuda.synchronize()
+            stream = torch.cuda.Stream()  # a broken capture leaves its stream in no good state
+            try:
+                results[variant.name] = summarise(_queue(variant, sets), "queue")
+            except Exception as error:
+                results[variant.name] = _describe(error)
+
+    samples: dict[str, list[float]] = {name: [] for name in replays}
+    with torch.cuda.stream(stream):
+        for replay in [*replays.values()] * 2:
+            replay()
+        stream.synchronize()
+        end, round_number = time.perf_counter() + seconds, 0
+        while replays and (round_number < 2 * ROUNDS_IN_FLIGHT or time.perf_counter() < end):
+            torch.cuda._sleep(BACKLOG_CYCLES)
+            events = []
+            for _ in range(ROUNDS_IN_FLIGHT):
+                for name, replay in _turns([*replays.items()], round_number):
+                    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    start.record()
+                    replay()
+                    stop.record()
+                    events.append((name, start, stop))
+                round_number += 1
+            stream.synchronize()
+            for name, start, stop in events:
+                samples[name].append(start.elapsed_time(stop) * 1e3 / sets)
+    return results | {name: summarise(values, "graph") for name, values in samples.items()}
+
+
+@dataclass
+class _Capture:
+    """A graph of one run on every set, and what must live as long as it does: it refers to their memory."""
+
+    graph: torch.cuda.CUDAGraph
+    states: list[Any]
+    results: list[object]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def _capture(variant: Variant, sets: int, stream: torch.cuda.Stream) -> _Capture:
+    with torch.cuda.stream(stream):
+        for i in range(min(sets, 3)):  # warm-up: compiles, creates handles
+            variant.run(variant.prepare(i))
+        states = [variant.prepare(i) for i in range(sets)]
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            results = [variant.run(state) for state in states]  # outputs too are different memory every time
+        finally:
+            graph.capture_end()
+    return _Capture(graph, states, results)
+
+
+def _queue(variant: Variant, sets: int) -> list[float]:
+    samples = []
+    for _ in range(2 * ROUNDS_IN_FLIGHT):
+        states = [variant.prepare(i) for i in range(sets)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(BACKLOG_CYCLES * max(1, sets // 8))
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        kept = [variant.run(state) for state in states]
+        stop.record()
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(stop) * 1e3 / sets)
+        del kept, states
+    return samples
+
+
+def host_time(call: Callable[[], object], device: torch.device) -> Timing:
+    """Microseconds of the host per call, the device's work left queued. Of a CPU: of the whole call."""
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    calls = 20  # with their launches they fit in the queue
+    for _ in range(calls):
+        call()
+    samples = []
+    for _ in range(30):
+        synchronize()
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter_ns() - start) / 1e3 / calls)
+    synchronize()
+    return summarise(samples, "host")
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes that a call takes on the GPU at most, beyond what was there before."""
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del kept
+    return peak
