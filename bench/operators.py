@@ -2,9 +2,9 @@
 
 python -m bench.operators [--device cpu|cuda] [--quick] [--out DIR] [--operators NAME ...]
 
-Every line of the table is one operator, shape, dtype and direction; its variants are timed in turns in one run (see
-timing.py), on random data. "copy" moves the fewest bytes that the operator must move, half read and half written.
-Directions: forward under no_grad, backward alone, and both.
+Every line of the table is one operator, shape, dtype and direction; its variants are timed in turns in one run
+(see timing.py), on random data. "copy" moves the fewest bytes that the operator must move, half of them read and
+half written. Directions: forward under no_grad, backward alone, and both.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ DIRECTIONS = ("forward", "backward", "both")
 DATA_SHAPES = [(4096, 784), (128, 784), (65536, 1024), (512, 12288), (128, 20000), (100, 784)]
 LATENT_SHAPES = [(128, 20), (32768, 2048), (4096, 128), (128, 2048)]
 QUICK = {"cpu": [(4096, 784), (4096, 128)], "cuda": [(128, 784), (65536, 1024), (128, 20), (32768, 2048)]}
-COMPILED = {(4096, 784), (128, 784), (65536, 1024), (128, 20), (32768, 2048), (4096, 128)}  # each takes seconds
+# Compiling takes seconds each time: not for every shape.
+COMPILED = {(4096, 784), (128, 784), (65536, 1024), (128, 20), (32768, 2048), (4096, 128)}
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator, what people write instead, and the fewest tensors of input size that it can read and write."""
+    """An operator, what people write instead, and how many tensors of input size it must read and write."""
 
     name: str
     inputs: Callable[[tuple[int, int], torch.dtype, torch.device], list[Tensor]]
@@ -72,7 +73,8 @@ def _gaussian(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) 
 
 
 def _gaussian_fixed(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    return [_normal(shape, dtype, device), _uniform(shape, dtype, device), _normal((1, 1), dtype, device).reshape(())]
+    logvar = torch.zeros((), dtype=dtype, device=device)
+    return [_normal(shape, dtype, device), _uniform(shape, dtype, device), logvar]
 
 
 def _eager_sample(mu: Tensor, logvar: Tensor, seed: Tensor) -> Outputs:
@@ -180,7 +182,9 @@ def operators() -> list[Operator]:
 class Sets:
     """The buffer sets of one operator, shape and dtype: inputs, and upstream gradients for every variant."""
 
-    def __init__(self, op: Operator, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, op: Operator, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.op = op
         element = torch.empty(0, dtype=dtype).element_size()
         self.bytes = {
@@ -235,9 +239,8 @@ class Sets:
         return Variant(name, prepare_both, both)
 
     def copy(self, direction: str) -> Variant:
-        device = self.inputs[0][0].device
-        half = self.bytes[direction] // 2
-        sources = [torch.randint(0, 255, (half,), dtype=torch.uint8, device=device) for _ in range(self.count)]
+        shape, device = (self.bytes[direction] // 2,), self.inputs[0][0].device
+        sources = [torch.randint(255, shape, dtype=torch.uint8, device=device) for _ in range(self.count)]
         targets = [torch.empty_like(source) for source in sources]
         return Variant("copy", lambda i: i, lambda i: targets[i].copy_(sources[i]))
 
@@ -299,13 +302,13 @@ def bench(
 
 
 def host_times(device: torch.device) -> list[dict[str, Any]]:
-    """Host microseconds per call at the sizes of a VAE: ours, eager, and one native operator for comparison."""
+    """Host microseconds per call at the sizes of a VAE: ours, eager, and one native operator."""
     lines = []
     for op in operators():
         shape = (128, 784) if op.shapes is DATA_SHAPES else (128, 20)
         sets = Sets(op, shape, torch.float32, device)
         for direction in ("forward", "both"):
-            line: dict[str, Any] = {"operator": op.name, "rows": shape[0], "cols": shape[1], "direction": direction}
+            line: dict[str, Any] = {"operator": op.name, "shape": shape, "direction": direction}
             for name, call in {"ours": op.ours, "eager": op.eager}.items():
                 variant = sets.variant(name, call, direction)
                 state = variant.prepare(0)
@@ -323,7 +326,7 @@ def host_times(device: torch.device) -> list[dict[str, Any]]:
 
     for direction, call in {"forward": forward, "both": both}.items():
         native = host_time(call, device).to_dict()
-        lines.append({"operator": "torch.mul", "rows": 128, "cols": 784, "direction": direction, "native": native})
+        lines.append({"operator": "torch.mul", "shape": (128, 784), "direction": direction, "native": native})
     return lines
 
 
@@ -344,8 +347,8 @@ def _print_rows(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
     return "\n".join(lines)
 
 
@@ -363,7 +366,10 @@ def table(result: dict[str, Any]) -> str:
             + [_number(value) for value in (ours, eager, compile, copy)]
             + [_ratio(eager, ours), _ratio(compile, ours), _ratio(copy, ours)]
             + ["-" if not ours else f"{line['bytes'] / ours / 1e3:.0f}"]
-            + [f"{p / 2**20:.1f}" if isinstance(p := peaks.get(name), int) else "-" for name in ("ours", "eager")]
+            + [
+                f"{p / 2**20:.1f}" if isinstance(p := peaks.get(name), int) else "-"
+                for name in ("ours", "eager")
+            ]
         )
         for name in line["variants"]:
             if name not in ("ours", "eager", "compile", "copy"):
@@ -375,12 +381,13 @@ def table(result: dict[str, Any]) -> str:
         header = ["host us per call", "shape", "direction", "ours", "eager", "native"]
         host = [header]
         for line in result["host"]:
-            shape = f"{line['rows']}x{line['cols']}"
+            shape = "{}x{}".format(*line["shape"])
             cells = [_number(line.get(name, {}).get("median")) for name in ("ours", "eager", "native")]
             host.append([line["operator"], shape, line["direction"], *cells])
         parts.append(_print_rows(host))
     errors = {
-        f"{line['operator']} {line['rows']}x{line['cols']} {line['dtype']} {line['direction']} {name}: {v['error']}"
+        f"{line['operator']} {line['rows']}x{line['cols']} {line['dtype']} {line['direction']} {name}: "
+        + v["error"]
         for line in result["operators"]
         for name, v in line["variants"].items()
         if "error" in v
@@ -402,6 +409,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     lines = [line for line in result["operators"] if line["rows"] * line["cols"] == sizes[line["operator"]]]
     names = ["ours", "compile", "eager"]
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.34 * len(lines)), layout="constrained")
+    names = [name for name in names if any(time_of(line, name) for line in lines)]
     for offset, name in enumerate(names):
         values = []
         for line in lines:
@@ -426,7 +434,9 @@ def machine(device: torch.device) -> str:
     model = platform.processor() or platform.machine()
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        model = next(line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name"))
+        model = next(
+            line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         pass
     return f"{model}, {torch.get_num_threads()} threads"
@@ -478,7 +488,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the shapes that matter most")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
@@ -486,7 +498,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no new line is begun")
     parser.add_argument("--operators", nargs="*", help="only these")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--out", type=Path, help="a folder for operators.json, operators.txt and operators.png")
+    parser.add_argument(
+        "--out", type=Path, help="a folder for operators.json, operators.txt and operators.png"
+    )
     arguments = parser.parse_args(argv)
     if arguments.seconds is None:
         arguments.seconds = 0.06 if arguments.device.startswith("cuda") else 1.0

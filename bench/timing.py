@@ -1,8 +1,8 @@
 """Timing: variants of the same work interleaved, medians with quantiles, a cold cache.
 
-On a GPU the runs of a variant over all buffer sets are captured in one CUDA graph, and its replays are timed by events
-behind a backlog, so that neither the host nor a single launch is timed. Where a capture fails, the runs themselves are
-queued behind a backlog.
+On a GPU the runs of a variant over all buffer sets are captured in one CUDA graph, and its replays are timed by
+events behind a backlog, so that neither the host nor a single launch is timed. Where a capture fails, the runs
+themselves are queued behind a backlog.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ROUNDS_IN_FLIGHT = 8
 class Variant:
     """One way to do the work.
 
-    prepare: what buffer set i needs before the clock starts. run: the timed work on what prepare returned; its result is
-    kept until the clock has stopped.
+    prepare: what buffer set i needs before the clock starts. run: the timed work on what prepare returned; its
+    result is kept until the clock has stopped.
     """
 
     name: str
@@ -65,7 +65,7 @@ def buffer_sets(bytes_per_set: int, device: torch.device) -> int:
 def measure(
     variants: Sequence[Variant], sets: int, device: torch.device, seconds: float
 ) -> dict[str, Timing | str]:
-    """Times the variants in turns for about ``seconds``. A variant that fails has its error in place of a timing."""
+    """Times the variants in turns for about ``seconds``; one that fails has its error in place of a timing."""
     return (_measure_cuda if device.type == "cuda" else _measure_cpu)(variants, sets, seconds)
 
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels without a GPU: compiled as plain C++ for the emulated device of tests/cuda_emulation and compared
-there, launch by launch, with the formulas of csrc/math in float64 (tests/cuda_emulation/kernels_test.cpp)."""
+"""The CUDA kernels without a GPU: compiled as plain C++ for the emulated device of tests/cuda_emulation and
+compared there, launch by launch, with the formulas of csrc/math in float64 (kernels_test.cpp in that folder)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def kernels_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(compiler, "-x", "c++", optimisation, *FLAGS, "-c", source, "-o", output)
         return output
 
-    sources = [(path, "-O0") for path in sorted(CUDA.glob("*.cu"))]  # -O0: most of the minute would go to optimising
+    # Optimising the kernels would take longer than running them as they are.
+    sources = [(path, "-O0") for path in sorted(CUDA.glob("*.cu"))]
     sources.append((EMULATION / "kernels_test.cpp", "-O1"))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: compile_one(*source), sources))

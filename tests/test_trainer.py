@@ -555,6 +555,7 @@ def test_a_saved_and_loaded_training_is_the_unbroken_one_bit_for_bit(
     assert same(straight, resumed)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_in_another_process_bit_for_bit(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -567,6 +568,7 @@ def written(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_training_killed_at_any_moment_is_finished_as_if_it_had_not_been(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()

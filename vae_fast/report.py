@@ -70,7 +70,8 @@ def write_report(
         notes: sentences for the section on the data.
 
     Raises:
-        ValueError: the trainer has no history yet, or image_shape does not fit.
+        IndexError: the trainer has no history yet.
+        ValueError: image_shape does not fit the data.
         DataError: train or test cannot be read as the trainer reads them.
         OSError: the file cannot be written; the previous one is then whole.
     """
