@@ -2,9 +2,9 @@
 
 python -m bench.operators [--device cpu|cuda] [--quick] [--out DIR] [--operators NAME ...]
 
-Every line of the table is one operator, shape, dtype and direction; its variants are timed in turns in one run
-(see timing.py), on random data. "copy" moves the fewest bytes that the operator must move, half of them read and
-half written. Directions: forward under no_grad, backward alone, and both.
+Every line of the table is one operator, shape, dtype and direction; its variants are timed in turns in one
+run (see timing.py), on random data. "copy" moves the fewest bytes that the operator must move, half of them
+read and half written. Directions: forward under no_grad, backward alone, and both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Timing: variants of the same work interleaved, medians with quantiles, a cold cache.
 
-On a GPU the runs of a variant over all buffer sets are captured in one CUDA graph, and its replays are timed by
-events behind a backlog, so that neither the host nor a single launch is timed. Where a capture fails, the runs
-themselves are queued behind a backlog.
+On a GPU the runs of a variant over all buffer sets are captured in one CUDA graph, and its replays are timed
+by events behind a backlog, so that neither the host nor a single launch is timed. Where a capture fails, the
+runs themselves are queued behind a backlog.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-MAX_SETS = 128
+MAX_SETS = 64
 COLD_BYTES = 192 * 2**20  # of all buffer sets together: three times the L2 cache of an H200
 BACKLOG_CYCLES = 2_000_000  # about a millisecond
 ROUNDS_IN_FLIGHT = 8
@@ -25,8 +25,8 @@ ROUNDS_IN_FLIGHT = 8
 class Variant:
     """One way to do the work.
 
-    prepare: what buffer set i needs before the clock starts. run: the timed work on what prepare returned; its
-    result is kept until the clock has stopped.
+    prepare: what buffer set i needs before the clock starts. run: the timed work on what prepare returned;
+    its result is kept until the clock has stopped.
     """
 
     name: str
@@ -65,7 +65,7 @@ def buffer_sets(bytes_per_set: int, device: torch.device) -> int:
 def measure(
     variants: Sequence[Variant], sets: int, device: torch.device, seconds: float
 ) -> dict[str, Timing | str]:
-    """Times the variants in turns for about ``seconds``; one that fails has its error in place of a timing."""
+    """Times the variants in turns for about ``seconds``; one that fails has its error instead of a timing."""
     return (_measure_cuda if device.type == "cuda" else _measure_cpu)(variants, sets, seconds)
 
 
@@ -106,16 +106,15 @@ def _measure_cpu(variants: Sequence[Variant], sets: int, seconds: float) -> dict
 def _measure_cuda(variants: Sequence[Variant], sets: int, seconds: float) -> dict[str, Timing | str]:
     results: dict[str, Timing | str] = {}
     replays: dict[str, Callable[[], None]] = {}
+    # One stream for all: autograd ties the inputs' gradients to the stream of their first use.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())  # which made the inputs
     for variant in variants:
         try:
             replays[variant.name] = _capture(variant, sets, stream)
         except Exception:
-            torch.cuda.synchronize()
-            stream = torch.cuda.Stream()  # a broken capture leaves its stream in no good state
             try:
-                results[variant.name] = summarise(_queue(variant, sets), "queue")
+                results[variant.name] = summarise(_queue(variant, sets, stream), "queue")
             except Exception as error:
                 results[variant.name] = _describe(error)
 
@@ -169,19 +168,20 @@ def _capture(variant: Variant, sets: int, stream: torch.cuda.Stream) -> _Capture
     return _Capture(graph, states, results)
 
 
-def _queue(variant: Variant, sets: int) -> list[float]:
+def _queue(variant: Variant, sets: int, stream: torch.cuda.Stream) -> list[float]:
     samples = []
-    for _ in range(2 * ROUNDS_IN_FLIGHT):
-        states = [variant.prepare(i) for i in range(sets)]
-        torch.cuda.synchronize()
-        torch.cuda._sleep(BACKLOG_CYCLES * max(1, sets // 8))
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        kept = [variant.run(state) for state in states]
-        stop.record()
-        torch.cuda.synchronize()
-        samples.append(start.elapsed_time(stop) * 1e3 / sets)
-        del kept, states
+    with torch.cuda.stream(stream):
+        for _ in range(2 * ROUNDS_IN_FLIGHT):
+            states = [variant.prepare(i) for i in range(sets)]
+            stream.synchronize()
+            torch.cuda._sleep(BACKLOG_CYCLES * max(1, sets // 8))
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            kept = [variant.run(state) for state in states]
+            stop.record()
+            stream.synchronize()
+            samples.append(start.elapsed_time(stop) * 1e3 / sets)
+            del kept, states
     return samples
 
 

@@ -34,7 +34,7 @@ def pixels(figure) -> np.ndarray:
 
 
 class ShowsItsLatents(torch.nn.Module):
-    """A model whose "image" of z is z itself, squeezed into [0, 1]: pixel j of a row of pixels shows unit j."""
+    """A model whose "image" of z is z itself, squeezed into [0, 1]: pixel j shows unit j."""
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class TestManifold:
         assert figure.axes[0].get_title(loc="left") == "Two most active latents (2, 4), others at 0"
 
     def test_without_the_variances_more_than_two_latents_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="variance: got None, wanted .* each of the 4 latents"):
+        with pytest.raises(ValueError, match=r"variance: got None, wanted .* each of the 4 latents"):
             plots.manifold(ShowsItsLatents(4), 3, image_shape=(1, 4))
 
     def test_one_latent_gives_a_row(self) -> None:
@@ -256,7 +256,7 @@ class TestFeatureRows:
 
     def test_others_in_standard_deviations_of_the_first_panel(self) -> None:
         data = np.random.default_rng(0).normal([5, -300, 0], [1, 50, 0], (50, 3)).astype(np.float32)
-        first, second, *_ = plots.feature_rows({"Data": data, "Model": data + [1, 50, 0]}).axes
+        first, second, *_ = plots.feature_rows({"Data": data, "Model": data + np.array([1, 50, 0])}).axes
         shown = np.asarray(first.get_images()[0].get_array())
         assert shown.mean(axis=0) == pytest.approx([0, 0, 0], abs=1e-5)
         assert shown.std(axis=0) == pytest.approx([1, 1, 0], abs=1e-5)

@@ -97,7 +97,9 @@ class TestNumbers:
         index = found.texts.index("Test bound")
         assert found.texts[index + 1] == shown(last.test_bound)
         index = found.texts.index("Speed")
-        assert float(found.texts[index + 1].replace(",", "")) == pytest.approx(last.samples / last.seconds, 0.01)
+        assert float(found.texts[index + 1].replace(",", "")) == pytest.approx(
+            last.samples / last.seconds, 0.01
+        )
         assert "60 samples, 2 epochs of 30 datapoints" in found.text
 
     def test_the_table_of_the_curves_is_the_history(self, run, tmp_path: Path) -> None:
@@ -147,7 +149,10 @@ class TestNumbers:
             notes=["A remark."],
         )
         assert ["batch size", "10"] in found.cells and ["latent dim", "3"] in found.cells
-        assert ["torch", f"{torch.__version__} (built with {vf.build_info()['torch_built_with']})"] in found.cells
+        assert [
+            "torch",
+            f"{torch.__version__} (built with {vf.build_info()['torch_built_with']})",
+        ] in found.cells
         note = datasets.prepare(train, likelihood="bernoulli", name="train").note
         for text in (note, "A remark.", "vae-fast train 'my file.npy'", "vae-fast train --resume run"):
             assert text in found.texts
@@ -177,7 +182,13 @@ class TestSelfContained:
     def test_text_from_outside_stays_text(self, run, tmp_path: Path) -> None:
         evil = "<script>alert('&amp;')</script>"
         found = page(
-            tmp_path / "r.html", *run, name=evil, notes=[evil], reproduce=evil, resume=f'"{evil}', image_shape=None
+            tmp_path / "r.html",
+            *run,
+            name=evil,
+            notes=[evil],
+            reproduce=evil,
+            resume=f'"{evil}',
+            image_shape=None,
         )
         assert not any(tag == "script" for tag, _ in found.tags)
         assert found.text.count(evil) == 5  # title, headline, note and the two commands
@@ -222,7 +233,10 @@ class TestPictures:
         trainer = vf.Trainer(model, optimizer="adam", lr=1e-3, batch_size=10)
         trainer.fit(images(30), max_samples=30, progress=False)
         found = page(tmp_path / "r.html", trainer, images(30))
-        assert "Own encoder and decoder" in found.text and "Data, and below each its reconstruction" in found.headings
+        assert (
+            "Own encoder and decoder" in found.text
+            and "Data, and below each its reconstruction" in found.headings
+        )
 
 
 class TestPaper:

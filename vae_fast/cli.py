@@ -52,8 +52,8 @@ class _Group(click.Group):
             sys.exit(2)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
-        except (KeyboardInterrupt, click.Abort) as interrupt:
-            _fail(str(interrupt) or "interrupted", 130)
+        except (KeyboardInterrupt, click.Abort):
+            _fail("interrupted", 130)
         except ImportError as error:
             _fail(str(error), 1)
         except Exception as error:
@@ -278,6 +278,8 @@ def _new_run(ctx: click.Context, data: str, test: str | None, samples: int, opti
 
 
 def _resume(ctx: click.Context, folder: Path, samples: int, engine: str, device: str) -> None:
+    from .report import write_atomically
+
     allowed = ("resume", "samples", "engine", "device")
     if others := _given(ctx, without=allowed):
         raise click.UsageError(
@@ -298,8 +300,13 @@ def _resume(ctx: click.Context, folder: Path, samples: int, engine: str, device:
         raise click.UsageError(
             f"--samples: found {run.samples:,}; wanted more than this run has seen, {trainer.samples_seen:,}"
         )
+    before = (folder / RUN).read_bytes()
     run.save(folder)
-    _fit(run, folder, trainer, train_data, test_data, notes)
+    try:
+        _fit(run, folder, trainer, train_data, test_data, notes)
+    except click.UsageError:  # these are other data: nothing has been trained
+        write_atomically(folder / RUN, before)
+        raise
 
 
 def _training_data(run: Run) -> tuple[Prepared, Prepared | None, list[str]]:
@@ -433,7 +440,7 @@ def _fit(
                 )
         except KeyboardInterrupt as interrupt:
             said = str(interrupt) or "stopped at once; the last checkpoint is whole"
-            raise KeyboardInterrupt(f"{said}. To go on: {again}") from interrupt
+            _fail(f"{said}. To go on: {again}", 130)
         except CheckpointError as error:
             _fail(f"{error}. To go on: {again}", 1)
         except UserWarning as warning:

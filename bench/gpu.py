@@ -1,0 +1,400 @@
+"""One command for a bare machine with a GPU: builds, tests, sanitizes and measures, within eight minutes.
+
+python -m bench.gpu --out DIR [--parts build,tests,sanitizer,bench] [--quick] [--minutes 8]
+
+Needs torch, nvcc, ninja and pytest; no network. Run it in the root of a checkout. A part that fails or runs
+out of time is recorded, and the next one goes on; the exit status says whether all passed. Into DIR go
+gpu.json (all that was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt and operators.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bench import resources
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build/bench"  # ignored by git; kept from part to part, and from call to call
+SHARES = {"build": 2.6, "tests": 1.9, "sanitizer": 1.0, "bench": 2.5}  # of the time, in order; unused goes on
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+LOG_BYTES = 100_000  # of a log that is kept: its end
+
+
+@dataclass
+class Part:
+    """What a part found: its verdict, a line for each detail, numbers for gpu.json, text for gpu.txt."""
+
+    status: str = "passed"  # or failed, or skipped: it could not be tried here
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+    def fail(self, note: str) -> None:
+        self.status = "failed"
+        self.notes.append(note)
+
+
+@dataclass(frozen=True)
+class Session:
+    out: Path
+    quick: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command that ended, or was stopped when its time was up."""
+
+    code: int
+    output: str
+    seconds: float
+    timed_out: bool
+
+    @property
+    def verdict(self) -> str:
+        return f"ran out of time after {self.seconds:.0f} s" if self.timed_out else f"exit status {self.code}"
+
+
+def run(command: Sequence[str | Path], deadline: float, environment: Mapping[str, str] | None = None) -> Run:
+    """Runs a command in the root of the checkout, and stops it and its children at the deadline."""
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        # The checkout is what is tested, built in place, and not another copy that may be installed.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | dict(environment or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    timed_out = False
+    try:
+        output, _ = process.communicate(timeout=max(1.0, deadline - start))
+    except subprocess.TimeoutExpired:
+        timed_out = True
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    text = output.decode(errors="replace")
+    return Run(process.returncode, text, time.monotonic() - start, timed_out)
+
+
+def _last_lines(text: str, count: int = 5) -> str:
+    return " | ".join(line.strip() for line in text.strip().splitlines()[-count:])[-500:]
+
+
+def write_log(path: Path, sections: Mapping[str, str]) -> None:
+    text = "".join(f"=== {title}\n{body.strip()[-LOG_BYTES:]}\n\n" for title, body in sections.items())
+    path.write_text(text, encoding="utf-8")
+
+
+# --- the parts ----------------------------------------------------------------------------------------------
+
+
+def build(session: Session, deadline: float) -> Part:
+    """The extension in place for this GPU, and beside it the kernels' own test program."""
+    part = Part()
+    with ThreadPoolExecutor(2) as pool:
+        extension = pool.submit(
+            run,
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            deadline,
+            {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "native")},
+        )
+        program = pool.submit(build_kernels_test, deadline)
+    sections = {}
+    built = extension.result()
+    sections["setup.py build_ext --inplace"] = built.output
+    part.data["extension_seconds"] = round(built.seconds, 1)
+    if built.code:
+        part.fail(f"extension: {built.verdict}: {_last_lines(built.output)}")
+    kernels, failure = program.result()
+    sections["kernels_test"] = failure or "built"
+    if failure:
+        part.fail(f"kernels_test: {_last_lines(failure)}")
+    part.data["kernels"] = resources.to_dicts(kernels)
+    part.text = resources.table(kernels)
+    write_log(session.out / "build.txt", sections)
+    return part
+
+
+def build_kernels_test(deadline: float) -> tuple[list[resources.Kernel], str]:
+    """tests/cuda_emulation/kernels_test.cpp for the GPU itself; the compiler's report, and why it failed."""
+    nvcc = resources.find_nvcc()
+    if nvcc is None:
+        return [], "no nvcc on PATH or in CUDA_HOME"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "kernels_test").unlink(missing_ok=True)
+    arch = gpu_arch()
+    with ThreadPoolExecutor(2) as pool:
+        kernels = pool.submit(resources.compile_kernels, nvcc, arch, BUILD)
+        test = ROOT / "tests/cuda_emulation/kernels_test.cpp"
+        gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        flags = ["-x", "cu", "-std=c++20", "-O1", gencode]
+        compiled = run([nvcc, *flags, "-c", test, "-o", BUILD / "kernels_test.o"], deadline)
+    found, failure = kernels.result()
+    if compiled.code:
+        failure += compiled.output
+    if failure:
+        return found, failure
+    objects = [BUILD / f"{source.stem}.o" for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    linked = run([nvcc, gencode, *objects, BUILD / "kernels_test.o", "-o", BUILD / "kernels_test"], deadline)
+    return found, linked.output if linked.code else ""
+
+
+def gpu_arch() -> str:
+    """The architecture as nvcc writes it: 90a for compute capability 9.0."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}{'a' if major == 9 else ''}"
+
+
+def tests(session: Session, deadline: float) -> Part:
+    """pytest -m cuda, and every kernel launch of the test program."""
+    part = Part()
+    pytest = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "--durations=10", "-p", "no:cacheprovider"]
+    program = [BUILD / "kernels_test", *(["--quick"] if session.quick else [])]
+    with ThreadPoolExecutor(2) as pool:
+        suite = pool.submit(run, pytest, deadline)
+        kernels = pool.submit(run, program, deadline) if program[0].exists() else None
+    sections = {}
+    for name, result in {
+        "pytest -m cuda": suite.result(),
+        "kernels_test": kernels and kernels.result(),
+    }.items():
+        if result is None:
+            part.fail(f"{name}: not built")
+            continue
+        sections[name] = result.output
+        part.notes.append(f"{name}: {_last_lines(result.output, 1)}")
+        part.data[name] = {"exit": result.code, "seconds": round(result.seconds, 1)}
+        if result.code:
+            part.fail(f"{name}: {result.verdict}: {_last_lines(result.output)}")
+    write_log(session.out / "tests.txt", sections)
+    return part
+
+
+def sanitizer(session: Session, deadline: float) -> Part:
+    """compute-sanitizer's four tools over the kernels' test program and over every operator."""
+    part = Part()
+    tool = find_sanitizer()
+    if tool is None:
+        part.status = "skipped"
+        part.notes.append("no compute-sanitizer on PATH or in CUDA_HOME")
+        return part
+    programs: dict[str, list[str | Path]] = {"operators": [sys.executable, "-m", "bench.every_operator"]}
+    if (BUILD / "kernels_test").exists():
+        programs["kernels"] = [BUILD / "kernels_test", "--quick"]
+
+    def watch(job: tuple[str, str]) -> Run:
+        check, program = job
+        command = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20", *programs[program]]
+        # Without torch's cache every tensor is an allocation of its own, with ends that can be watched.
+        return run(command, deadline, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+    jobs = [(check, program) for program in programs for check in TOOLS]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        results = dict(zip(jobs, pool.map(watch, jobs), strict=True))
+    sections = {}
+    refused = 0
+    for (check, program), result in results.items():
+        name = f"{check}, {program}"
+        sections[name] = result.output
+        part.data[name] = {"exit": result.code, "seconds": round(result.seconds, 1)}
+        if "Device not supported" in result.output:
+            refused += 1
+            part.notes.append(f"{name}: compute-sanitizer does not support this machine")
+        elif result.code:
+            part.fail(f"{name}: {result.verdict}: {_last_lines(result.output, 2)}")
+        else:
+            part.notes.append(f"{name}: clean")
+    if refused == len(results):
+        part.status = "skipped"
+    write_log(session.out / "sanitizer.txt", sections)
+    return part
+
+
+def find_sanitizer() -> str | None:
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    for folder in (None, home / "bin", home / "compute-sanitizer"):
+        if found := shutil.which("compute-sanitizer", path=None if folder is None else str(folder)):
+            return found
+    return None
+
+
+def bench(session: Session, deadline: float) -> Part:
+    """The operators and the training step."""
+    part = Part()
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder)
+        quick = ["--quick"] if session.quick else []
+        texts = []
+        for name, share in {"training": 0.25, "operators": 1.0}.items():
+            left = share * (deadline - time.monotonic())
+            command = [sys.executable, "-m", f"bench.{name}", "--device", "cuda", "--out", found]
+            if name == "training":
+                command += ["--steps", "500" if session.quick else "1000"]
+            else:  # it begins no new shape when the budget is spent; the last one takes time too
+                command += ["--budget", f"{max(10.0, left - 25):.0f}", *quick]
+            result = run(command, time.monotonic() + left)
+            if result.code:
+                part.fail(f"{name}: {result.verdict}: {_last_lines(result.output)}")
+            if (found / f"{name}.json").exists():
+                part.data[name] = json.loads((found / f"{name}.json").read_text(encoding="utf-8"))
+                texts.append((found / f"{name}.txt").read_text(encoding="utf-8"))
+        if (found / "operators.png").exists():
+            shutil.copy(found / "operators.png", session.out)
+        part.text = "\n".join(texts)
+    for line in part.data.get("operators", {}).get("operators", []):
+        if error := line["variants"].get("ours", {}).get("error"):
+            part.fail(f"{line['operator']} {line['rows']}x{line['cols']} {line['dtype']}: {error}")
+    return part
+
+
+PARTS: dict[str, Callable[[Session, float], Part]] = {
+    "build": build,
+    "tests": tests,
+    "sanitizer": sanitizer,
+    "bench": bench,
+}
+
+
+# --- where and what -----------------------------------------------------------------------------------------
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def describe(argv: Sequence[str], commit: str | None) -> dict[str, Any]:
+    """Commit, versions, GPU, driver and command."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    nvcc = resources.find_nvcc()
+    facts: dict[str, Any] = {
+        "command": " ".join(["python -m bench.gpu", *argv]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "commit": commit or _output("git", "rev-parse", "HEAD") or "unknown",
+        "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": {name: installed(name) for name in ("torch", "triton", "numpy", "pytest")},
+        "nvcc": _output(nvcc, "--version").splitlines()[-2:] if nvcc else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "gpu_state": _output(
+            "nvidia-smi", "--query-gpu=name,clocks.sm,clocks.mem,clocks.max.sm,power.limit", "--format=csv"
+        ),
+    }
+    try:
+        import torch
+
+        facts["torch_cuda"] = torch.version.cuda
+        if torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(0)
+            facts["gpu"] = {
+                "name": properties.name,
+                "capability": list(torch.cuda.get_device_capability()),
+                "multiprocessors": properties.multi_processor_count,
+                "memory_bytes": properties.total_memory,
+                "l2_bytes": getattr(properties, "L2_cache_size", None),
+            }
+    except ImportError as error:
+        facts["torch_error"] = str(error)
+    return facts
+
+
+def report(facts: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
+    gpu = facts.get("gpu", {}).get("name", "no GPU")
+    nvcc = (facts["nvcc"] or ["no nvcc"])[0]
+    lines = [
+        f"{gpu}, driver {facts['driver'] or 'unknown'}, torch {facts['versions']['torch']}, {nvcc}",
+        f"commit {facts['commit']}{' with uncommitted changes' if facts['uncommitted_changes'] else ''}",
+        f"{facts['date']}: {facts['command']}",
+        "",
+    ]
+    for name, part in parts.items():
+        lines.append(f"{name:<10} {part.status:<8} {part.seconds:6.1f} s")
+        lines += [f"    {note}" for note in part.notes]
+    for name, part in parts.items():
+        if part.text:
+            lines += ["", f"=== {name}", part.text.rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
+    parser.add_argument("--commit", help="where the checkout cannot say it itself")
+    arguments = parser.parse_args(argv)
+    chosen = [name for name in arguments.parts.split(",") if name]
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"--parts: got {', '.join(sorted(unknown))}, wanted some of {','.join(PARTS)}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    session = Session(arguments.out.resolve(), arguments.quick)
+
+    start = time.monotonic()
+    facts = describe(argv, arguments.commit)
+    if "gpu" not in facts:
+        print("bench.gpu: torch sees no GPU; it needs one, and a CUDA build of torch", file=sys.stderr)
+        return 2
+    parts: dict[str, Part] = {}
+    seconds_per_share = 60 * arguments.minutes / sum(SHARES[name] for name in chosen)
+    shares = 0.0
+    for name in [name for name in PARTS if name in chosen]:
+        shares += SHARES[name]
+        begin = time.monotonic()
+        try:
+            part = PARTS[name](session, start + shares * seconds_per_share)
+        except Exception as error:
+            part = Part(status="failed", notes=[f"{type(error).__name__}: {error}"])
+        part.seconds = round(time.monotonic() - begin, 1)
+        parts[name] = part
+        # Written after every part: whatever stops this program later, that much is there.
+        text = report(facts, parts)
+        (session.out / "gpu.txt").write_text(text, encoding="utf-8")
+        content = facts | {
+            "parts": {
+                key: {"status": p.status, "seconds": p.seconds, "notes": p.notes, **p.data}
+                for key, p in parts.items()
+            }
+        }
+        (session.out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {part.status} ({part.seconds:.0f} s)", flush=True)
+    print(report(facts, parts))
+    return int(any(part.status == "failed" for part in parts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
