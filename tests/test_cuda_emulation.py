@@ -15,8 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 EMULATION = ROOT / "tests" / "cuda_emulation"
-pytestmark = pytest.mark.slow
-
 KERNELS = re.findall(r"DO\((\w+)\)", (ROOT / "csrc" / "kernels.h").read_text())
 
 FLAGS = [
@@ -27,6 +25,8 @@ FLAGS = [
     f"-I{EMULATION}",
     "-DVAE_FAST_MAX_GRID=3,2",  # so small that blocks must go on to further rows and segments
 ]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -72,6 +73,15 @@ def trained(data: torch.Tensor, test: torch.Tensor | None, **model: object) -> v
     trainer = vf.Trainer(vf.VAE(data.shape[1], **settings), optimizer="adam", lr=1e-3, batch_size=10)
     trainer.fit(data, test, max_samples=60, report_every=20, progress=False)
     return trainer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are so small that a second thread is only waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
