@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
+import os
+
+# Threads that wait asleep, not spinning: tests of small models then run well beside other work. Before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 CUDA = pytest.param(
     "cuda",
