@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
-# Threads that wait asleep, not spinning: tests of small models then run well beside other work. Before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that wait asleep, not spinning: tests of small models then run well beside other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Away from the source tree: programs that tests start import the installed package."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
+
 
 CUDA = pytest.param(
     "cuda",

@@ -148,6 +148,7 @@ class TestCurves:
         paper = plots.paper_curve(20)
         assert paper is not None
         drawn = lines(plots.curves(history([40_000, 1_000_000]), paper).axes[0])["paper"]
+        assert drawn[:, 0].max() == 1e6 and (np.diff(drawn[:, 0]) > 0).all()
         assert drawn[0].tolist() == [paper.samples[0], paper.test_bound[0]]
         assert drawn[-1].tolist() == pytest.approx([1e6, -124.2], abs=0.05)
 
