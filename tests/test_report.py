@@ -212,6 +212,15 @@ class TestPictures:
         assert any(heading.startswith("Two most active latents") for heading in found.headings)
         assert sum(tag == "image" for tag, _ in found.tags) == 3
 
+    def test_they_are_of_the_test_data(self, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        taken: list[torch.Tensor] = []
+        draw = plots.reconstructions
+        monkeypatch.setattr(
+            plots, "reconstructions", lambda x, xhat, **options: taken.append(x) or draw(x, xhat, **options)
+        )
+        report.write_report(tmp_path / "r.html", *run)
+        assert torch.equal(taken[0], run[2] * (1 / 255))
+
     def test_data_that_are_no_images_are_a_heat_map_and_it_is_said(self, tmp_path: Path) -> None:
         data = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
         trainer = trained(data[:30], data[30:], likelihood="gaussian")
