@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -457,6 +458,13 @@ class TestDoctor:
         (line,) = [line for line in result.out.splitlines() if line.startswith("FAIL")]
         assert "off by 1.0e-04 of float64" in line
         assert "Install again" in result.out
+
+    def test_an_extension_that_does_not_load_is_found(
+        self, vae_fast, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "vae_fast._extension", None)
+        result = vae_fast("doctor")
+        assert result.code == 1 and re.search(r"^FAIL +vae-fast ", result.out, re.MULTILINE)
 
     def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(
         self, vae_fast, monkeypatch: pytest.MonkeyPatch

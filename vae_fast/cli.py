@@ -424,7 +424,7 @@ def _fit(
     left = run.samples - trainer.samples_seen
     warm_up = 100 * trainer.settings.batch_size
     if trainer.settings.optimizer == "adagrad" and run.samples <= 2 * warm_up:
-        click.echo(f"Adagrad begins to move after {warm_up:,} samples: wanted more --samples", err=True)
+        click.echo(f"Adagrad changes nothing in its first {warm_up:,} samples: few are left", err=True)
     done = f"{trainer.samples_seen:,} of " if trainer.samples_seen else ""
     click.echo(f"{folder}: {done}{run.samples:,} samples on {trainer.device}", err=True)
     if left > 0:
