@@ -217,7 +217,7 @@ class TestManifold:
         assert (picture[..., [0, 2]] == 128).all()
         assert picture[0, :, 1].tolist() == pytest.approx([42, 128, 212], abs=1)
         assert picture[:, 0, 3].tolist() == pytest.approx([212, 128, 42], abs=1)
-        assert figure.axes[0].get_title(loc="left") == "Two most active latents (2, 4), others at 0"
+        assert figure.axes[0].get_title(loc="left") == "Most active latents (2, 4), others at 0"
 
     def test_without_the_variances_more_than_two_latents_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"variance: got None, wanted .* each of the 4 latents"):

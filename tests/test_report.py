@@ -209,7 +209,7 @@ class TestPictures:
         found = page(tmp_path / "r.html", *run)
         assert "Data, and below each its reconstruction" in found.headings
         assert "100 samples from the prior" in found.headings
-        assert any(heading.startswith("Two most active latents") for heading in found.headings)
+        assert any(heading.startswith("Most active latents") for heading in found.headings)
         assert sum(tag == "image" for tag, _ in found.tags) == 3
 
     def test_they_are_of_the_test_data(self, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

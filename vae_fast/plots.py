@@ -325,7 +325,7 @@ def manifold(
     images, units = _manifold(model, n, variance)
     title = "The latent axis" if len(units) == 1 else "The latent plane"
     if model.latent_dim > 2:
-        title = f"Two most active latents ({units[0] + 1}, {units[1] + 1}), others at 0"
+        title = f"Most active latents ({units[0] + 1}, {units[1] + 1}), others at 0"
     return _picture(tile(images, image_shape, n, gap=0, value_range=value_range), title)
 
 
