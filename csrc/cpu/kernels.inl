@@ -15,21 +15,32 @@ namespace {
 
 VAE_FAST_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// sum_c term(c, n) over a row, where term gives the vector of elements [c, c + n). Blocks of 64 vectors are summed in
-// float lanes and added up in double: the error does not grow with the width of the row.
-template <class V, class Term>
-VAE_FAST_INLINE double row_sum(int64_t cols, Term term) {
-  constexpr int64_t lanes = Memory<V>::lanes, block = 64 * lanes;
+// sum_c term(c, n) over a row, where term gives the vector of elements [c, c + n); group(c) is the sum of `kGroup` full
+// ones from c on. Blocks of 64 vectors are summed in float lanes and added up in double: the error does not grow with
+// the width of the row.
+template <class V, int kGroup, class Group, class Term>
+VAE_FAST_INLINE double row_sum_in_groups(int64_t cols, Group group, Term term) {
+  constexpr int64_t lanes = Memory<V>::lanes, step = kGroup * lanes, block = 64 / kGroup * step;
   double total = 0;
   int64_t c = 0;
-  while (c + lanes <= cols) {
-    int64_t block_end = min(c + block, cols - lanes + 1);
+  while (c + step <= cols) {
+    int64_t block_end = min(c + block, cols - step + 1);
     V sum{};
-    for (; c < block_end; c += lanes) sum = sum + term(c, lanes);
+    for (; c < block_end; c += step) sum = sum + group(c);
+    total += Memory<V>::sum(sum);
+  }
+  if constexpr (kGroup > 1) {
+    V sum{};
+    for (; c + lanes <= cols; c += lanes) sum = sum + term(c, lanes);
     total += Memory<V>::sum(sum);
   }
   if (c < cols) total += Memory<V>::sum(Memory<V>::keep(term(c, cols - c), cols - c));
   return total;
+}
+
+template <class V, class Term>
+VAE_FAST_INLINE double row_sum(int64_t cols, Term term) {
+  return row_sum_in_groups<V, 1>(cols, [&](int64_t c) { return term(c, Memory<V>::lanes); }, term);
 }
 
 template <class V, class Body>
@@ -131,27 +142,34 @@ void gaussian_kl_double_backward(const GaussianKLDoubleBackward& a, int64_t begi
 
 constexpr int64_t kNoiseBlock = 1024;
 
-// eps(seed, 4 counter + 0 .. 4 counter + 4 lanes - 1)
-VAE_FAST_INLINE void normals(int64_t seed, int64_t counter, float* out) {
-  uint32_t low[kLanes], high[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t lane_counter = static_cast<uint64_t>(counter) + static_cast<uint64_t>(i);
-    low[i] = static_cast<uint32_t>(lane_counter);
-    high[i] = static_cast<uint32_t>(lane_counter >> 32);
+constexpr int kTogether = 2;  // vectors of counters
+constexpr int kNormalsAtOnce = 4 * kTogether * kLanes;
+
+// eps(seed, first + 0 .. first + kNormalsAtOnce - 1), first a multiple of 4. Of the n lanes of a vector of counters,
+// lane 4 q + i holds number i n/4 + q: transposing every quarter of four lanes then leaves the normals in their order.
+VAE_FAST_INLINE void normals(int64_t seed, int64_t first, float* out) {
+  VU offset;
+  for (int i = 0; i < kLanes; ++i) offset[i] = static_cast<uint32_t>(i % 4 * (kLanes / 4) + i / 4);
+  VU c[kTogether][4] = {};
+  for (int k = 0; k < kTogether; ++k) {
+    const uint64_t counter = static_cast<uint64_t>(first / 4 + k * kLanes);
+    const uint32_t base = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
+    c[k][0] = offset + base;
+    c[k][1] = c[k][0] < base ? VU{} + (high + 1) : VU{} + high;
   }
-  VU c[4] = {VU{}, VU{}, VU{}, VU{}};
-  __builtin_memcpy(&c[0], low, sizeof low);
-  __builtin_memcpy(&c[1], high, sizeof high);
-  philox4x32_10<VF>(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32));
-  VF eps[4];
-  box_muller(c[0], c[1], eps[0], eps[1]);
-  box_muller(c[2], c[3], eps[2], eps[3]);
-  for (int i = 0; i < kLanes; ++i)
-    for (int k = 0; k < 4; ++k) out[4 * i + k] = eps[k][i];
+  philox4x32_10<VF, kTogether>(c, static_cast<uint32_t>(seed),
+                               static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32));
+  for (int k = 0; k < kTogether; ++k) {
+    VF eps[4];
+    box_muller(c[k][0], c[k][1], eps[0], eps[1]);
+    box_muller(c[k][2], c[k][3], eps[2], eps[3]);
+    transpose_quarters(eps);
+    for (int i = 0; i < 4; ++i) from_floats(out + (4 * k + i) * kLanes, eps[i]);
+  }
 }
 
-VAE_FAST_INLINE void normals(int64_t seed, int64_t counter, double* out) {
-  for (int i = 0; i < kLanes; ++i) philox_normal4(seed, counter + i, out + 4 * i);
+VAE_FAST_INLINE void normals(int64_t seed, int64_t first, double* out) {
+  for (int i = 0; i < kNormalsAtOnce; i += 4) philox_normal4(seed, (first + i) / 4, out + i);
 }
 
 // A window on the sequence eps(seed, 0), eps(seed, 1), …, made kNoiseBlock at a time.
@@ -161,18 +179,20 @@ class Noise {
   explicit Noise(int64_t seed) : seed_(seed) {}
 
   // The n normals from element `first` on. Makes no more than up to element `last`, rounded up to whole vectors.
-  const Real* at(int64_t first, int64_t n, int64_t last) {
-    if (first < first_ || first + n > last_) {
-      first_ = last_ = first & ~int64_t{3};
-      int64_t stop = min(first_ + kNoiseBlock, last > first + n ? last : first + n);
-      for (; last_ < stop; last_ += 4 * kLanes) normals(seed_, last_ / 4, buffer_ + (last_ - first_));
-    }
+  VAE_FAST_INLINE const Real* at(int64_t first, int64_t n, int64_t last) {
+    if (first < first_ || first + n > last_) make(first, last > first + n ? last : first + n);
     return buffer_ + (first - first_);
   }
 
  private:
+  __attribute__((noinline)) void make(int64_t first, int64_t last) {
+    first_ = last_ = first & ~int64_t{3};
+    for (last = min(last, first_ + kNoiseBlock); last_ < last; last_ += kNormalsAtOnce)
+      normals(seed_, last_, buffer_ + (last_ - first_));
+  }
+
   int64_t seed_, first_ = 0, last_ = 0;
-  Real buffer_[kNoiseBlock + 8 * kLanes];
+  Real buffer_[kNoiseBlock + 2 * kNormalsAtOnce];
 };
 
 template <class T>
@@ -300,9 +320,16 @@ void bernoulli_forward(const BernoulliForward& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const T* logits = static_cast<const T*>(a.logits) + r * a.cols;
     const X* x = static_cast<const X*>(a.x) + (r % a.x_rows) * a.cols;
-    static_cast<Scalar<T>*>(a.log_likelihood)[r] = static_cast<Scalar<T>>(row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
-      return bernoulli_log_likelihood(M::load(logits + c, n), M::load(x + c, n));
-    }));
+    double sum = row_sum_in_groups<V, BernoulliSum<V>::kMost>(
+        a.cols,
+        [&](int64_t c) {
+          BernoulliSum<V> group;
+          for (int k = 0; k < group.kMost; ++k, c += M::lanes)
+            group.add(M::load(logits + c, M::lanes), M::load(x + c, M::lanes));
+          return group.log_likelihood();
+        },
+        [&](int64_t c, int64_t n) { return bernoulli_log_likelihood(M::load(logits + c, n), M::load(x + c, n)); });
+    static_cast<Scalar<T>*>(a.log_likelihood)[r] = static_cast<Scalar<T>>(sum);
   }
 }
 

@@ -31,7 +31,7 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
   static VAE_FAST_INLINE V fma(V a, V b, V c) { return a * b + c; }  // one instruction where the set has it
   static VAE_FAST_INLINE V from_bits(Uint u) { return (V)u; }
   static VAE_FAST_INLINE Uint bits(V a) { return (Uint)a; }
-  static VAE_FAST_INLINE V abs(V a) { return from_bits(bits(a) & 0x7FFFFFFFu); }
+  static VAE_FAST_INLINE V minus_abs(V a) { return from_bits(bits(a) | 0x80000000u); }
   static VAE_FAST_INLINE V from_int(Int i) { return __builtin_convertvector(i, V); }
   // Correctly rounded, as the GPU's conversion is: both halves are exact, their sum rounds once.
   static VAE_FAST_INLINE V from_uint(Uint u) {
@@ -51,36 +51,62 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
 #endif
   }
 
-  // a = n ln 2 + r with |r| <= ln(2)/2; |n| stays small enough for exact products with the split ln 2
-  static VAE_FAST_INLINE V reduce(V a, Int& n) {
-    V shifted = a * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    V rounded = shifted - 12582912.0f;
-    n = (Int)bits(shifted) - 0x4B400000;
-    V r = fma(rounded, constant<V>(-0.693359375), a);
-    return fma(rounded, constant<V>(2.12194440e-4), r);
-  }
-  static VAE_FAST_INLINE V power_of_two(Int n) { return from_bits((Uint)((n + 127) << 23)); }
+  // a = n ln 2 + r with |r| <= ln(2)/2 and 2^(n + bias), where n + bias + 127 must be in [0, 255]: adding a number
+  // of magnitude 2^23 rounds to an integer, whose low bits are then moved to where an exponent stands.
+  struct Reduced {
+    V r, power;
+    VAE_FAST_INLINE Reduced(V a, V bias) {
+      V offset = bias + (12582912.0f + 127.0f);
+      V shifted = fma(a, constant<V>(1.44269504088896341), offset);
+      V n = shifted - offset;
+      power = from_bits(bits(shifted) << 23);
+      r = fma(n, constant<V>(-0.693359375), a);  // ln 2 in two parts: the product with the first is exact
+      r = fma(n, constant<V>(2.12194440e-4), r);
+    }
+  };
 
-  // The clamps keep NaN, which then passes through the polynomial whatever its n is.
-  static VAE_FAST_INLINE V clamp(V a, float low, float high) {
-    V clamped = a < low ? V{} + low : a;
-    return clamped > high ? V{} + high : clamped;
+  // These keep NaN, as the instructions do for their second operand: it then passes through the polynomial whatever
+  // its power is.
+  static VAE_FAST_INLINE V at_least(V a, float low) {
+#if VAE_FAST_VECTOR_BYTES == 64
+    return (V)_mm512_max_ps(_mm512_set1_ps(low), (__m512)a);
+#elif VAE_FAST_VECTOR_BYTES == 32
+    return (V)_mm256_max_ps(_mm256_set1_ps(low), (__m256)a);
+#elif defined(__SSE2__)
+    return (V)_mm_max_ps(_mm_set1_ps(low), (__m128)a);
+#else
+    return a < low ? V{} + low : a;
+#endif
   }
+  static VAE_FAST_INLINE V at_most(V a, float high) { return -at_least(-a, -high); }
 
+  // q 2^n as (q 2^-bias) 2^(n + bias): 2^n itself may be out of range where the result, a denormal perhaps, is not. The
+  // first product is exact.
   static VAE_FAST_INLINE V exp(V a) {
-    Int n;
-    V p = expm1_reduced(reduce(clamp(a, -104.0f, 89.0f), n)) + 1.0f;
-    Int half = n >> 1;  // two factors: 2^n itself may be out of range where the result, a denormal perhaps, is not
-    return p * power_of_two(half) * power_of_two(n - half);
+    a = at_most(at_least(a, -104.0f), 89.0f);
+    Reduced x(a, a < V{} ? constant<V>(64.0) : constant<V>(-64.0));
+    V scale = a < V{} ? constant<V>(0x1p-64) : constant<V>(0x1p64);
+    return fma(expm1_reduced(x.r), scale, scale) * x.power;
   }
+  static VAE_FAST_INLINE V exp_nonpositive(V a) {
+    Reduced x(at_least(a, -104.0f), constant<V>(64.0));
+    V scale = constant<V>(0x1p-64);
+    return fma(expm1_reduced(x.r), scale, scale) * x.power;
+  }
+  // 2 (p 2^(n - 1) + (2^(n - 1) - 1/2)): 2^n itself overflows at n = 128
   static VAE_FAST_INLINE V expm1(V a) {
-    Int n;
-    V p = expm1_reduced(reduce(clamp(a, -30.0f, 89.0f), n));
-    Int half = n >> 1;
-    V inverse = n > 64 ? V{} : power_of_two(-n);
-    return (p + (1.0f - inverse)) * power_of_two(half) * power_of_two(n - half);
+    Reduced x(at_most(at_least(a, -30.0f), 89.0f), constant<V>(-1.0));
+    V half = fma(expm1_reduced(x.r), x.power, x.power - 0.5f);
+    return half + half;
   }
-  static VAE_FAST_INLINE V log1p(V t) { return log1p_polynomial(t); }
+  static VAE_FAST_INLINE V log1p_unit(V t) { return vae_fast::log1p_unit(t); }
+  // 1 + t = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)): f = (t + 1 - 2^n) / 2^n keeps what a rounded 1 + t has lost
+  static VAE_FAST_INLINE V log1p_nonnegative(V t) {
+    Int n = (Int)(bits(t + 1.0f) - 0x3F3504F3u) >> 23;  // 0x3F3504F3 is sqrt(1/2)
+    V scale = from_bits((Uint)(127 - n) << 23), exponent = from_int(n);
+    V log = fma(exponent, constant<V>(-2.12194440e-4), log1p_near_zero(fma(t, scale, scale - 1.0f)));
+    return fma(exponent, constant<V>(0.693359375), log);
+  }
 
   // the 64-bit product of every lane with m, even and odd lanes apart: high and low words
   static VAE_FAST_INLINE void mulhilo(Uint a, uint32_t m, Uint& hi, Uint& lo) {
@@ -97,8 +123,17 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
     U64 even = ((U64)a & 0xFFFFFFFFull) * m;
     U64 odd = ((U64)a >> 32) * m;
 #endif
+    // (even >> 32 and odd, even and odd << 32), lane by lane
+#if VAE_FAST_VECTOR_BYTES == 64
+    hi = (Uint)_mm512_mask_blend_epi32(0xAAAA, (__m512i)(even >> 32), (__m512i)odd);
+    lo = (Uint)_mm512_mask_blend_epi32(0xAAAA, (__m512i)even, (__m512i)(odd << 32));
+#elif VAE_FAST_VECTOR_BYTES == 32
+    hi = (Uint)_mm256_blend_epi32((__m256i)(even >> 32), (__m256i)odd, 0xAA);
+    lo = (Uint)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xAA);
+#else
     hi = (Uint)((even >> 32) | (odd & 0xFFFFFFFF00000000ull));
     lo = (Uint)((even & 0xFFFFFFFFull) | (odd << 32));
+#endif
   }
 };
 
@@ -172,6 +207,35 @@ VAE_FAST_INLINE void from_floats(F16* p, VF v) {
   VU16 out = __builtin_convertvector((magnitude >= 0x477FF000u ? special : finite) | sign, VU16);
 #endif
   __builtin_memcpy(p, &out, sizeof out);
+}
+
+// Within every quarter of four lanes, rows[i][k] <-> rows[k][i].
+VAE_FAST_INLINE void transpose_quarters(VF rows[4]) {
+#if VAE_FAST_VECTOR_BYTES == 64
+#define VAE_FAST_UNPACK(half, type, a, b) (VF) _mm512_unpack##half##_##type(a, b)
+  typedef __m512 F;
+  typedef __m512d D;
+#elif VAE_FAST_VECTOR_BYTES == 32
+#define VAE_FAST_UNPACK(half, type, a, b) (VF) _mm256_unpack##half##_##type(a, b)
+  typedef __m256 F;
+  typedef __m256d D;
+#elif defined(__SSE2__)
+#define VAE_FAST_UNPACK(half, type, a, b) (VF) _mm_unpack##half##_##type(a, b)
+  typedef __m128 F;
+  typedef __m128d D;
+#endif
+#ifdef VAE_FAST_UNPACK
+  VF a = VAE_FAST_UNPACK(lo, ps, (F)rows[0], (F)rows[1]), b = VAE_FAST_UNPACK(hi, ps, (F)rows[0], (F)rows[1]);
+  VF c = VAE_FAST_UNPACK(lo, ps, (F)rows[2], (F)rows[3]), d = VAE_FAST_UNPACK(hi, ps, (F)rows[2], (F)rows[3]);
+  rows[0] = VAE_FAST_UNPACK(lo, pd, (D)a, (D)c), rows[1] = VAE_FAST_UNPACK(hi, pd, (D)a, (D)c);
+  rows[2] = VAE_FAST_UNPACK(lo, pd, (D)b, (D)d), rows[3] = VAE_FAST_UNPACK(hi, pd, (D)b, (D)d);
+#undef VAE_FAST_UNPACK
+#else
+  const VF in[4] = {rows[0], rows[1], rows[2], rows[3]};
+  for (int q = 0; q < kLanes; q += 4)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 4; ++k) rows[i][q + k] = in[k][q + i];
+#endif
 }
 
 // Arithmetic on elements of type T happens in Compute<T>: double for double, a vector of floats otherwise.

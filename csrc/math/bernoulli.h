@@ -18,16 +18,39 @@ VAE_FAST_INLINE V bernoulli_residual_sign(V l, V x) {
   return l > V{} ? x - constant<V>(1.0) : x;
 }
 
+// (x - [l > 0]) l
 template <class V>
-VAE_FAST_INLINE V bernoulli_log_likelihood(V l, V x) {
+VAE_FAST_INLINE V bernoulli_linear(V l, V x) {
   V residual = bernoulli_residual_sign(l, x);
-  V linear = residual == V{} ? V{} : residual * l;  // 0 * inf is 0 here: a certain and right prediction costs nothing
-  return linear - Math<V>::log1p(Math<V>::exp(-Math<V>::abs(l)));
+  return residual == V{} ? V{} : residual * l;  // 0 * inf is 0 here: a certain and right prediction costs nothing
 }
 
 template <class V>
+VAE_FAST_INLINE V bernoulli_log_likelihood(V l, V x) {
+  V t = Math<V>::exp_nonpositive(Math<V>::minus_abs(l));
+  return bernoulli_linear(l, x) - Math<V>::log1p_unit(t);
+}
+
+// The same for kMost pairs (l, x) at most, with one logarithm for all: sum log(1 + t) = log prod (1 + t). What is kept
+// is the product minus one, which small t do not lose their digits in; it is less than 2^kMost.
+template <class V>
+class BernoulliSum {
+ public:
+  static constexpr int kMost = 8;
+  VAE_FAST_INLINE void add(V l, V x) {
+    V t = Math<V>::exp_nonpositive(Math<V>::minus_abs(l));
+    linear_ = linear_ + bernoulli_linear(l, x);
+    product_ = Math<V>::fma(product_, t, product_ + t);
+  }
+  VAE_FAST_INLINE V log_likelihood() const { return linear_ - Math<V>::log1p_nonnegative(product_); }
+
+ private:
+  V linear_{}, product_{};
+};
+
+template <class V>
 VAE_FAST_INLINE V bernoulli_grad_logit(V l, V x) {
-  V t = Math<V>::exp(-Math<V>::abs(l));
+  V t = Math<V>::exp_nonpositive(Math<V>::minus_abs(l));
   V tail = t / (t + 1.0f);  // sigmoid(-|l|)
   return bernoulli_residual_sign(l, x) + (l > V{} ? tail : -tail);
 }
@@ -35,7 +58,7 @@ VAE_FAST_INLINE V bernoulli_grad_logit(V l, V x) {
 // d2/dl2 log p
 template <class V>
 VAE_FAST_INLINE V bernoulli_curvature(V l) {
-  V t = Math<V>::exp(-Math<V>::abs(l));
+  V t = Math<V>::exp_nonpositive(Math<V>::minus_abs(l));
   V y = t / (t + 1.0f);
   return -(y * (constant<V>(1.0) - y));
 }

@@ -24,30 +24,46 @@ VAE_FAST_INLINE V constant(double value) {
   return V{} + static_cast<typename Math<V>::Scalar>(value);
 }
 
-// exp(r) = 1 + r + r^2 (c0 + c1 r + ...) on |r| <= ln(2)/2; Chebyshev fit, error 2e-10 of the result.
+// exp(r) - 1 = r + r^2 (c0 + c1 r + ...) on |r| <= ln(2)/2; minimax fit, error 3e-9 of the result.
 template <class V>
 VAE_FAST_INLINE V expm1_reduced(V r) {
-  V p = Math<V>::fma(r, constant<V>(1.98912474e-4), constant<V>(1.39338810e-3));
-  p = Math<V>::fma(p, r, constant<V>(8.33331069e-3));
-  p = Math<V>::fma(p, r, constant<V>(4.16664628e-2));
-  p = Math<V>::fma(p, r, constant<V>(1.66666667e-1));
-  p = Math<V>::fma(p, r, constant<V>(0.5));
-  return Math<V>::fma(p * r, r, r);
+  V y = r * r;
+  V even = Math<V>::fma(y, constant<V>(1.381498098e-3), constant<V>(4.166837369e-2));
+  V odd = Math<V>::fma(y, constant<V>(8.368639290e-3), constant<V>(1.666652145e-1));
+  even = Math<V>::fma(even, y, constant<V>(4.999999355e-1));
+  return Math<V>::fma(Math<V>::fma(odd, r, even), y, r);
 }
 
-// log(1 + f) = 2 atanh(s), s = f / (2 + f), for f in [sqrt(1/2) - 1, 1]: 2 s + s y q(y), y = s^2 <= 1/9; Chebyshev fit
-// of q, error 1e-9 of the result. Written as f - (f^2/2 - s (f^2/2 + y q)), which is the same and rounds last what is
-// largest. Accurate near f = 0, where the log of a rounded 1 + f would not be.
+// log(1 + t) = t + t^2 Q(t - 1/2) for t in [0, 1]; minimax fit of degree 8, error 8e-9 of the result, small t included.
+// No division: the nearest singularity, t = -1, is far enough for a polynomial to gain a factor of 5.8 a degree.
+// Even and odd powers apart: two chains of half the length.
 template <class V>
-VAE_FAST_INLINE V log1p_polynomial(V f) {
-  V s = f / (f + constant<V>(2.0));
-  V y = s * s;
-  V q = Math<V>::fma(y, constant<V>(0.232243292), constant<V>(0.217065758));
-  q = Math<V>::fma(q, y, constant<V>(0.285923579));
-  q = Math<V>::fma(q, y, constant<V>(0.399997063));
-  q = Math<V>::fma(q, y, constant<V>(0.666666673));
-  V half_square = constant<V>(0.5) * f * f;
-  return f - (half_square - s * Math<V>::fma(y, q, half_square));
+VAE_FAST_INLINE V log1p_unit(V t) {
+  V u = t - constant<V>(0.5);
+  V y = u * u;
+  V even = Math<V>::fma(y, constant<V>(-3.745471802e-3), constant<V>(-1.007513388e-2));
+  V odd = Math<V>::fma(y, constant<V>(7.198639839e-3), constant<V>(1.657779659e-2));
+  even = Math<V>::fma(even, y, constant<V>(-2.890845556e-2));
+  odd = Math<V>::fma(odd, y, constant<V>(5.109517459e-2));
+  even = Math<V>::fma(even, y, constant<V>(-9.323207595e-2));
+  odd = Math<V>::fma(odd, y, constant<V>(1.792247822e-1));
+  even = Math<V>::fma(even, y, constant<V>(-3.781395563e-1));
+  return Math<V>::fma(Math<V>::fma(odd, u, even), t * t, t);
+}
+
+// log(1 + f) = f + f^2 Q(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]; minimax fit, error 4e-9 of the result. Accurate near
+// f = 0, where the log of a rounded 1 + f would not be.
+template <class V>
+VAE_FAST_INLINE V log1p_near_zero(V f) {
+  V y = f * f;
+  V even = Math<V>::fma(y, constant<V>(-7.621122132e-2), constant<V>(-1.324346099e-1));
+  V odd = Math<V>::fma(y, constant<V>(1.290466500e-1), constant<V>(1.418183426e-1));
+  even = Math<V>::fma(even, y, constant<V>(-1.660901277e-1));
+  odd = Math<V>::fma(odd, y, constant<V>(2.000196855e-1));
+  even = Math<V>::fma(even, y, constant<V>(-2.500158656e-1));
+  odd = Math<V>::fma(odd, y, constant<V>(3.333332599e-1));
+  even = Math<V>::fma(even, y, constant<V>(-4.999998829e-1));
+  return Math<V>::fma(Math<V>::fma(odd, f, even), y, f);
 }
 
 template <>
@@ -56,12 +72,13 @@ struct Math<float> {
   using Int = int32_t;
   using Uint = uint32_t;
   static VAE_FAST_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
-  static VAE_FAST_INLINE float abs(float a) { return ::fabsf(a); }
+  static VAE_FAST_INLINE float minus_abs(float a) { return -::fabsf(a); }
   static VAE_FAST_INLINE float sqrt(float a) { return ::sqrtf(a); }
   static VAE_FAST_INLINE float exp(float a) { return ::expf(a); }
+  static VAE_FAST_INLINE float exp_nonpositive(float a) { return ::expf(a); }
   static VAE_FAST_INLINE float expm1(float a) { return ::expm1f(a); }
-  // log(1 + t) for t in [0, 1]
-  static VAE_FAST_INLINE float log1p(float t) { return log1p_polynomial(t); }
+  static VAE_FAST_INLINE float log1p_unit(float t) { return vae_fast::log1p_unit(t); }  // t in [0, 1]
+  static VAE_FAST_INLINE float log1p_nonnegative(float t) { return ::log1pf(t); }
   static VAE_FAST_INLINE float from_int(int32_t i) { return static_cast<float>(i); }
   static VAE_FAST_INLINE float from_uint(uint32_t i) { return static_cast<float>(i); }
   // the 64-bit product a m: high and low words
@@ -94,11 +111,13 @@ template <>
 struct Math<double> {
   using Scalar = double;
   static VAE_FAST_INLINE double fma(double a, double b, double c) { return a * b + c; }
-  static VAE_FAST_INLINE double abs(double a) { return ::fabs(a); }
+  static VAE_FAST_INLINE double minus_abs(double a) { return -::fabs(a); }
   static VAE_FAST_INLINE double sqrt(double a) { return ::sqrt(a); }
   static VAE_FAST_INLINE double exp(double a) { return ::exp(a); }
+  static VAE_FAST_INLINE double exp_nonpositive(double a) { return ::exp(a); }
   static VAE_FAST_INLINE double expm1(double a) { return ::expm1(a); }
-  static VAE_FAST_INLINE double log1p(double t) { return ::log1p(t); }
+  static VAE_FAST_INLINE double log1p_unit(double t) { return ::log1p(t); }
+  static VAE_FAST_INLINE double log1p_nonnegative(double t) { return ::log1p(t); }
 };
 
 }  // namespace vae_fast

@@ -13,20 +13,28 @@
 
 namespace vae_fast {
 
-// c: the four counter words, replaced by the four random words; for V a vector, of as many counters as it has lanes
-template <class V>
-VAE_FAST_INLINE void philox4x32_10(typename Math<V>::Uint c[4], uint32_t key0, uint32_t key1) {
+// c: the four counter words, replaced by the four random words; for V a vector, of as many counters as it has lanes. A
+// counter has one long chain of dependent steps: kTogether of them keep a processor's multipliers busy.
+template <class V, int kTogether = 1>
+VAE_FAST_INLINE void philox4x32_10(typename Math<V>::Uint (*c)[4], uint32_t key0, uint32_t key1) {
+#if defined(__CUDACC__)
+#pragma unroll
+#else
+#pragma GCC unroll 10
+#endif
+  for (int round = 0; round < 10; ++round) {
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
-  for (int round = 0; round < 10; ++round) {
-    typename Math<V>::Uint hi0, lo0, hi1, lo1;
-    Math<V>::mulhilo(c[0], 0xD2511F53u, hi0, lo0);
-    Math<V>::mulhilo(c[2], 0xCD9E8D57u, hi1, lo1);
-    c[0] = hi1 ^ c[1] ^ key0;
-    c[1] = lo1;
-    c[2] = hi0 ^ c[3] ^ key1;
-    c[3] = lo0;
+    for (int i = 0; i < kTogether; ++i) {
+      typename Math<V>::Uint hi0, lo0, hi1, lo1;
+      Math<V>::mulhilo(c[i][0], 0xD2511F53u, hi0, lo0);
+      Math<V>::mulhilo(c[i][2], 0xCD9E8D57u, hi1, lo1);
+      c[i][0] = hi1 ^ c[i][1] ^ key0;
+      c[i][1] = lo1;
+      c[i][2] = hi0 ^ c[i][3] ^ key1;
+      c[i][3] = lo0;
+    }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
@@ -44,11 +52,12 @@ VAE_FAST_INLINE void box_muller(typename Math<V>::Uint w_radius, typename Math<V
   U bits = M::bits(scaled) - 0x3F3504F3u;  // 0x3F3504F3 is sqrt(1/2): the exponent field now rounds to nearest
   V exponent = M::from_int((I)bits >> 23) - 32.0f;
   V mantissa = M::from_bits((bits & 0x007FFFFFu) + 0x3F3504F3u);
-  V complement = (M::from_uint(~w_radius) + 0.5f) * -2.3283064365386962890625e-10f;  // -2^-32
+  // 2^-32; read only where u >= sqrt(1/2), so where the complement is less than 2^31
+  V complement = (M::from_int((I)~w_radius) + 0.5f) * -2.3283064365386962890625e-10f;
   V f = exponent == V{} ? complement : mantissa - 1.0f;
   // ln 2 in two parts: the product with the first is exact
   V log_u =
-      M::fma(exponent, constant<V>(0.693359375), M::fma(exponent, constant<V>(-2.12194440e-4), log1p_polynomial(f)));
+      M::fma(exponent, constant<V>(0.693359375), M::fma(exponent, constant<V>(-2.12194440e-4), log1p_near_zero(f)));
   V radius = M::sqrt(log_u * -2.0f);
   // cos and sin of (quarter + rest) quarter turns; rest in [-1/2, 1/2] is exact in integers, so both stay accurate
   // to the last bits near their zeros.
@@ -65,8 +74,8 @@ VAE_FAST_INLINE void box_muller(typename Math<V>::Uint w_radius, typename Math<V
   c = M::fma(c, y, constant<V>(2.53669410e-1));
   c = M::fma(c, y, constant<V>(-1.23370055));
   c = M::fma(c, y, constant<V>(1.0));
-  V cosine = (quarter & 1) != I{} ? s : c;
-  V sine = (quarter & 1) != I{} ? c : s;
+  V cosine = (quarter & 1) == I{} ? c : s;
+  V sine = (quarter & 1) == I{} ? s : c;
   U cosine_sign = (U)((quarter + 1) & 2) << 30;
   U sine_sign = (U)(quarter & 2) << 30;
   first = radius * M::from_bits(M::bits(cosine) ^ cosine_sign);
@@ -92,7 +101,7 @@ VAE_FAST_INLINE void box_muller(uint32_t w_radius, uint32_t w_angle, double& fir
 template <class Real>
 VAE_FAST_INLINE void philox_normal4(int64_t seed, int64_t counter, Real eps[4]) {
   uint32_t c[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(static_cast<uint64_t>(counter) >> 32), 0u, 0u};
-  philox4x32_10<float>(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32));
+  philox4x32_10<float>(&c, static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32));
   box_muller(c[0], c[1], eps[0], eps[1]);
   box_muller(c[2], c[3], eps[2], eps[3]);
 }
