@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from operators import CASES, SEED
+from operators import CASES
 from torch.autograd import gradcheck, gradgradcheck
 
 import vae_fast as vf
