@@ -181,21 +181,102 @@ def test_kl_keeps_its_digits_where_the_posterior_is_close_to_the_prior(device):
     torch.testing.assert_close(grad.double(), exact, rtol=3e-7, atol=0)  # plain PyTorch errs by 1e-4 here
 
 
+@pytest.mark.parametrize("value", [-80.0, -20.0, 0.0, 20.0, 80.0])
+@pytest.mark.parametrize("residual", [0.0, 0.5, -3.0])
+def test_gaussian_log_likelihood_at_extreme_log_variances(value, residual, device):
+    logvar = torch.full((1, 1), value, device=device, requires_grad=True)
+    mean = torch.full((1, 1), 0.25, device=device, requires_grad=True)
+    x = mean.detach() + residual
+    out = vf.gaussian_log_likelihood(mean, logvar, x)
+    wide = [t.detach().double().requires_grad_() for t in (mean, logvar)]
+    exact = vf.reference.gaussian_log_likelihood(*wide, x.double())
+    torch.testing.assert_close(out.double(), exact, rtol=5e-7, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(out.sum(), (mean, logvar)), torch.autograd.grad(exact.sum(), wide), strict=True
+    ):
+        torch.testing.assert_close(a.double(), b, rtol=5e-7, atol=0)
+
+
+INF = float("inf")
+
+
+def test_infinite_arguments_are_finite_where_mathematics_is_and_never_a_gain(device):
+    def one(value):
+        return torch.full((1, 1), value, device=device, requires_grad=True)
+
+    mu, certain = one(0.5), one(-INF)  # a variance of zero: the sample is the mean
+    z, kl = vf.reparameterize_with_kl(mu, certain, seed=3)
+    assert z.item() == 0.5 and kl.item() == INF
+    assert [g.item() for g in torch.autograd.grad(z.sum(), (mu, certain), retain_graph=True)] == [1.0, 0.0]
+    assert [g.item() for g in torch.autograd.grad(kl.sum(), (mu, certain))] == [0.5, -0.5]
+    for place in (INF, -INF):
+        assert vf.gaussian_kl(one(place), one(0.0)).item() == INF
+        assert vf.gaussian_log_likelihood(one(place), one(0.0), one(0.0)).item() == -INF
+    assert vf.gaussian_log_likelihood(one(0.0), one(INF), one(1.0)).item() == -INF
+    for logvar in (
+        1e3,
+        1e30,
+        3e38,
+        INF,
+    ):  # past the largest float; plain PyTorch gives inf, and NaN at inf itself
+        assert not vf.gaussian_kl(one(0.0), one(logvar)).item() < INF
+
+
+NAN = float("nan")
+ROW = 2
+
+
+def outside_the_row(t: Tensor) -> Tensor:
+    """All of ``[..., 5, 33]`` or ``[..., 5]`` but row ROW."""
+    rows = t if t.shape[-1] == 33 else t.unsqueeze(-1)
+    return rows[..., [r for r in range(5) if r != ROW], :]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_nan_stays_in_its_row(case, device):
+def test_nan_and_infinities_stay_in_their_row_forward_and_backward(case, bad, device, dtype):
     generator = torch.Generator().manual_seed(4)
-    inputs = [t.float().to(device) for t in case.inputs((5, 33), generator)]
-    clean = case.fused(*inputs)
-    inputs[0][..., 2, 7] = float("nan")
-    for before, after in zip(clean, case.fused(*inputs), strict=True):
-        per_row = before.shape[-1] != 33
-        bad = torch.isnan(after) if per_row else torch.isnan(after).any(-1)
-        assert bad[..., 2].all() and not bad[..., [0, 1, 3, 4]].any()
-        keep = [0, 1, 3, 4]
-        assert torch.equal(
-            after[..., keep] if per_row else after[..., keep, :],
-            before[..., keep] if per_row else before[..., keep, :],
-        )
+    inputs = [t.to(dtype).to(device) for t in case.inputs((5, 33), generator)]
+    upstream = [torch.ones_like(out) for out in case.fused(*inputs)]
+    outputs, grads = run(case.fused, inputs, upstream, case.constants)
+    for place, t in enumerate(inputs):
+        if t.dim() == 0:
+            continue  # one variance is in every row
+        worse = [other.clone() for other in inputs]
+        worse[place][..., ROW, 7] = bad
+        worse_outputs, worse_grads = run(case.fused, worse, upstream, case.constants)
+        for before, after in zip(outputs + grads, worse_outputs + worse_grads, strict=True):
+            if before.dim() > 0:  # the gradient of one variance sums over the rows
+                assert torch.equal(outside_the_row(after), outside_the_row(before))
+        if math.isnan(bad):  # nothing hides it, and nothing else is NaN
+            plain_outputs, plain_grads = run(case.plain, worse, upstream, case.constants)
+            for after, plain in zip(worse_outputs + worse_grads, plain_outputs + plain_grads, strict=True):
+                assert torch.equal(after.isnan(), plain.isnan())
+            assert all(out[..., ROW].isnan().any() for out in worse_outputs if out.shape[-1] != 33)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_denormals_are_right_with_and_without_flush_to_zero(case):
+    """Denormal arguments, and logits and log-variances whose exponentials or reciprocals are denormal."""
+    generator = torch.Generator().manual_seed(6)
+    large = [60.0, 87.0, 88.0] if "gaussian_log" in case.name else [-88.0, -95.0, -103.0]
+    hard = torch.tensor([1e-40, -1e-40, -3e-39, 1e-38, 0.0, -1.0, 17.0, *large])
+    inputs = [
+        hard[torch.randint(len(hard), t.shape, generator=generator)] for t in case.inputs((4, 33), generator)
+    ]
+    if "bernoulli" in case.name:
+        inputs[1].clamp_(0, 1)
+    outputs, grads = run(case.plain, [t.double() for t in inputs], None, case.constants)
+    for flush in (False, True):
+        if not torch.set_flush_denormal(flush):
+            pytest.skip("this processor does not flush denormals")
+        try:
+            ours, our_grads = run(case.fused, inputs, None, case.constants)
+        finally:
+            torch.set_flush_denormal(False)
+        smallest = torch.finfo(torch.float32).tiny  # a row of 33 terms may each lose as much
+        for got, exact in zip(ours + our_grads, outputs + grads, strict=True):
+            torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=(40 if flush else 1) * smallest)
 
 
 @pytest.mark.parametrize(

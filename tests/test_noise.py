@@ -179,3 +179,37 @@ def test_seed_may_be_a_tensor_or_any_integer(device):
     from_int = vf.reparameterize(mu, mu, seed=-5)
     assert torch.equal(from_int, vf.reparameterize(mu, mu, seed=torch.tensor([-5], device=device)))
     assert torch.equal(from_int, vf.reparameterize(mu, mu, seed=2**64 - 5))
+
+
+class Draws(torch.utils.data.Dataset):
+    """Each datapoint is a draw, large enough that the kernels would share it among threads."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        mu = torch.zeros(64, 1000)
+        return vf.reparameterize(mu, mu)
+
+
+def draws_of_workers(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    loader = torch.utils.data.DataLoader(
+        Draws(), batch_size=None, num_workers=2, generator=generator, multiprocessing_context="fork"
+    )
+    return list(loader)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_workers_draw_different_noise_that_the_loaders_seed_decides():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        Draws()[0]  # the parent has threads of its own when it forks
+        first, again, other = (draws_of_workers(seed) for seed in (1, 1, 2))
+    finally:
+        torch.set_num_threads(threads)
+    every = [*first, *other]
+    assert not any(torch.equal(a, b) for i, a in enumerate(every) for b in every[:i])
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -7,10 +7,13 @@ import importlib.util
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,13 +63,43 @@ def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         return {name.partition("/")[2] for name in tar.getnames()}
 
 
-def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_setup(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """setup.py with these arguments, as far as it gets without compiling anything."""
     inherited = {
         k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "MAX_JOBS", "CXX")
     }
     command = [sys.executable, "setup.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=inherited | environment, capture_output=True, text=True)
+
+
+def script(path: Path, commands: str) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{commands}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def toolkit(folder: Path, nvcc: str) -> str:
+    """A CUDA toolkit that is nothing but this nvcc."""
+    script(folder / "bin/nvcc", nvcc)
+    return str(folder)
+
+
+def fake_torch(folder: Path, cuda: str | None = "13.0") -> str:
+    """Where a torch lies that says of itself what builds and imports ask, in an instant; for PYTHONPATH."""
+    (folder / "torch.py").write_text(
+        "from types import SimpleNamespace\n"
+        f"__version__, version = '2.99.0', SimpleNamespace(cuda={cuda!r})\n"
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The functions of setup.py."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    return runpy.run_path("setup.py")
 
 
 class TestWheel:
@@ -143,32 +176,102 @@ class TestBuild:
             backend.get_requires_for_build_editable() == [backend._torch_requirement()[0]] == ["torch>=2.11"]
         )
 
-    @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
-    def test_forced_cuda_with_a_cpu_build_of_torch_fails(self):
-        result = run_setup("build_ext", FORCE_CUDA="1")
+    def test_forced_cuda_with_a_cpu_build_of_torch_fails(self, tmp_path):
+        result = run_setup("build_ext", FORCE_CUDA="1", PYTHONPATH=fake_torch(tmp_path, cuda=None))
         assert result.returncode != 0
-        assert f"torch {torch.__version__} is no CUDA build; install one that is" in result.stderr
+        assert "torch 2.99.0 is no CUDA build; install one that is" in result.stderr
 
-    @pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch")
-    def test_forced_cuda_without_nvcc_fails(self, tmp_path):
-        result = run_setup("build_ext", FORCE_CUDA="1", CUDA_HOME=str(tmp_path))
-        assert result.returncode != 0
-        assert f"CUDA_HOME is {tmp_path}, without bin/nvcc; set it to a CUDA" in result.stderr
-
-    def test_forced_cuda_contradicts_cpu_only(self):
-        result = run_setup("build_ext", FORCE_CUDA="1", VAE_FAST_CPU_ONLY="1")
+    def test_forced_cuda_contradicts_cpu_only(self, tmp_path):
+        result = run_setup(
+            "build_ext", FORCE_CUDA="1", VAE_FAST_CPU_ONLY="1", PYTHONPATH=fake_torch(tmp_path)
+        )
         assert result.returncode != 0
         assert "FORCE_CUDA=1, but VAE_FAST_CPU_ONLY=1 is set; unset it" in result.stderr
 
-    def test_missing_compiler_fails(self):
-        result = run_setup("build_ext", CXX="no-such-compiler")
+    def test_missing_compiler_fails(self, tmp_path):
+        result = run_setup("build_ext", CXX="no-such-compiler", PYTHONPATH=fake_torch(tmp_path))
         assert result.returncode != 0
         assert "there is no C++ compiler named no-such-compiler; install GCC" in result.stderr
 
-    def test_wrong_number_of_jobs_fails(self):
-        result = run_setup("build_ext", MAX_JOBS="many", VAE_FAST_CPU_ONLY="1")
+    @pytest.mark.parametrize("wanted", ["many", "0", "-1"])
+    def test_wrong_number_of_jobs_fails(self, setup, monkeypatch, wanted):
+        monkeypatch.setenv("MAX_JOBS", wanted)
+        with pytest.raises(SystemExit, match=f'MAX_JOBS is "{wanted}"; wanted a whole number from 1'):
+            setup["jobs"]()
+
+    @pytest.mark.parametrize(
+        "nvcc, message",
+        [
+            ("exit 1", "nvcc --version says nothing; mend the toolkit, or set CUDA_HOME to another"),
+            (
+                "echo release 12.4, V12.4.131",
+                "nvcc is of CUDA 12.4, torch 2.99.0 of CUDA 13.0; install a CUDA 13.0",
+            ),
+            (
+                "if [ $1 = --version ]; then echo release 13.0, V13.0.88; "
+                "elif [ $1 = --list-gpu-code ]; then echo sm_90; "
+                "else echo 'probe.cu: error: unsupported GNU version' >&2; exit 1; fi",
+                "cannot compile an empty kernel (probe.cu: error: unsupported GNU version); mend the toolkit",
+            ),
+        ],
+        ids=["broken", "of another CUDA", "without a host compiler"],
+    )
+    def test_nvcc_that_will_not_do_fails(self, tmp_path, nvcc, message):
+        result = run_setup(
+            "build_ext", FORCE_CUDA="1", CUDA_HOME=toolkit(tmp_path, nvcc), PYTHONPATH=fake_torch(tmp_path)
+        )
         assert result.returncode != 0
-        assert 'MAX_JOBS is "many"; wanted a whole number' in result.stderr
+        assert message in result.stderr
+
+    def test_cuda_home_without_nvcc_fails(self, tmp_path):
+        result = run_setup(
+            "build_ext", FORCE_CUDA="1", CUDA_HOME=str(tmp_path), PYTHONPATH=fake_torch(tmp_path)
+        )
+        assert result.returncode != 0
+        assert f"CUDA_HOME is {tmp_path}, without bin/nvcc; set it to a CUDA 13.0 toolkit" in result.stderr
+
+    def test_no_nvcc_anywhere_is_a_reason_with_a_remedy(self, setup, monkeypatch, tmp_path):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(Path, "exists", lambda path: False)
+        with pytest.raises(setup["NoCuda"], match="there is no nvcc on PATH"):
+            setup["find_cuda_home"]("13.0", tmp_path)
+
+    def test_architecture_that_nvcc_does_not_know_fails(self, tmp_path):
+        nvcc = "case $1 in --version) echo release 13.0, V13.0.88;; --list-gpu-code) echo sm_90;; esac"
+        result = run_setup(
+            "build_ext",
+            CUDA_HOME=toolkit(tmp_path, nvcc),
+            PYTHONPATH=fake_torch(tmp_path),
+            TORCH_CUDA_ARCH_LIST="7.0;9.0",
+        )
+        assert result.returncode != 0
+        assert "does not know 7.0 of TORCH_CUDA_ARCH_LIST; leave it out or update CUDA" in result.stderr
+
+    def test_no_torch_fails(self, tmp_path):
+        (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: cannot open')")
+        result = run_setup("build_ext", PYTHONPATH=str(tmp_path))
+        assert result.returncode != 0
+        assert "building needs torch, which does not import (libtorch.so: cannot open); pip" in result.stderr
+
+    @pytest.mark.parametrize("free, wanted", [(0.5, 1), (5.0, 2), (1000.0, 8)])
+    def test_as_many_files_compile_at_once_as_memory_holds(self, setup, monkeypatch, capsys, free, wanted):
+        monkeypatch.delenv("MAX_JOBS", raising=False)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+        monkeypatch.setitem(setup["jobs"].__globals__, "free_gib", lambda: free)
+        assert setup["jobs"]() == wanted
+        said = f"{wanted} of 8 cores compile, for {free} GiB of memory are free; MAX_JOBS overrides"
+        assert (said in capsys.readouterr().out) == (wanted < 8)
+
+    def test_a_killed_compiler_hints_at_memory(self, tmp_path):
+        """The whole of build_ext, in a copy, with a compiler that the system kills."""
+        for name in ("setup.py", "pyproject.toml", "README.md", "csrc", "vae_fast/__init__.py"):
+            source = ROOT / name
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+        compiler = script(tmp_path / "c++", "case $1 in -dumpfullversion) echo 12.2.0;; *) kill -9 $$;; esac")
+        result = run_setup("build_ext", folder=tmp_path, CXX=compiler, VAE_FAST_CPU_ONLY="1", MAX_JOBS="1")
+        assert result.returncode != 0
+        assert "If a compiler was killed, memory ran out: set MAX_JOBS=1 NVCC_THREADS=1" in result.stderr
 
     def test_why_there_are_no_cuda_kernels_is_recorded(self):
         info = vae_fast.build_info()
@@ -179,15 +282,43 @@ class TestImport:
     """What `import vae_fast` says when the extension and torch do not go together."""
 
     @staticmethod
-    def import_error(torch_version: str) -> str:
-        program = f"import torch; torch.__version__ = {torch_version!r}; import vae_fast"
-        result = subprocess.run([sys.executable, "-c", program], cwd="/", capture_output=True, text=True)
-        assert result.returncode != 0
-        return result.stderr.strip().splitlines()[-1]
+    def import_error(folder: Path, config: dict[str, object] | None, extension: str = "") -> str:
+        """The message of an installation with this _build_config.py, and with this for an extension."""
+        package = folder / "vae_fast"
+        package.mkdir()
+        (package / "__init__.py").write_text("from . import _extension")
+        shutil.copy(ROOT / "vae_fast/_extension.py", package)
+        (package / "_C.py").write_text(extension)
+        if config is not None:
+            built = {"TORCH_VERSION": "2.99.1+cpu", "TORCH_CUDA": None, "CUDA": False} | config
+            lines = [f"{name} = {value!r}\n" for name, value in built.items()]
+            (package / "_build_config.py").write_text("".join(lines))
+        fake_torch(folder)
+        program = "import vae_fast"
+        result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+        return result.stderr.strip().splitlines()[-1] if result.returncode else "imported"
 
-    def test_names_both_torches_and_what_to_do(self):
-        message = self.import_error("1.0.0")
-        assert message.startswith("ImportError: ")
-        assert f"built for torch {vae_fast.build_info()['torch_built_with']}" in message
-        assert "torch 1.0.0" in message
-        assert "pip install" in message
+    def test_a_torch_of_the_same_release_will_do(self, tmp_path):
+        assert self.import_error(tmp_path, {}) == "imported"
+
+    def test_a_torch_of_another_release_is_named_with_what_to_do(self, tmp_path):
+        message = self.import_error(tmp_path, {"TORCH_VERSION": "2.98.1"})
+        assert message.startswith("ImportError: vae_fast was built for torch 2.98.1 (CUDA None)")
+        assert "but torch 2.99.0 (CUDA 13.0) is installed" in message
+        assert "`pip install --force-reinstall --no-deps .` in the source folder" in message
+
+    def test_a_torch_of_another_cuda_is_named_with_what_to_do(self, tmp_path):
+        message = self.import_error(tmp_path, {"CUDA": True, "TORCH_CUDA": "12.8"})
+        assert "was built for torch 2.99.1+cpu (CUDA 12.8), but torch 2.99.0 (CUDA 13.0)" in message
+        assert "pip install --force-reinstall" in message
+
+    def test_an_extension_that_does_not_load_says_why_and_what_to_do(self, tmp_path):
+        message = self.import_error(tmp_path, {}, "raise ImportError('undefined symbol: _ZN2at4_ops')")
+        assert (
+            "built for torch 2.99.1+cpu, does not load with torch 2.99.0: undefined symbol: _ZN2" in message
+        )
+        assert "pip install --force-reinstall" in message
+
+    def test_an_extension_that_was_never_built_says_how(self, tmp_path):
+        message = self.import_error(tmp_path, None)
+        assert "vae_fast has not been built" in message and "`pip install .`" in message

@@ -33,7 +33,7 @@ using Values = std::vector<double>;
 
 // --- the cases -------------------------------------------------------------------------------------------------------
 
-const int64_t kCols[] = {0, 1, 3, 4, 5, 8, 20, 31, 32, 33, 127, 128, 784, 1025, 5000};
+std::vector<int64_t> all_cols = {0, 1, 3, 4, 5, 8, 20, 31, 32, 33, 127, 128, 784, 1025, 5000};
 const int64_t kRows[] = {0, 1, 2, 7};
 const DType kTypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
 
@@ -55,7 +55,8 @@ double tiny_of(DType t) { return t == DType::f64 ? 0x1p-1074 : t == DType::f16 ?
 
 DType loss_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 
-// How a tensor lies in memory: all aligned, or some or all of them shifted by one element.
+// How a tensor lies in memory: all aligned, or some or all of them shifted by so many elements.
+int64_t shift = 1;
 enum class Layout { aligned, one_shifted, all_shifted };
 const Layout kLayouts[] = {Layout::aligned, Layout::one_shifted, Layout::all_shifted};
 
@@ -132,7 +133,7 @@ class Tensor {
   Tensor(DType type, int64_t count, bool shifted, Use use)
       : type_(type),
         count_(count),
-        front_(kGuard + (shifted ? size_of(type) : 0)),
+        front_(kGuard + (shifted ? shift * size_of(type) : 0)),
         back_(use == Use::output ? kGuard : 0),
         values(static_cast<size_t>(count)) {
     bytes_.assign(static_cast<size_t>(front_ + count * size_of(type) + back_), 0xff);
@@ -645,7 +646,7 @@ void run(const char* name) {
   cases_run = 0;
   worst = 0;
   for (DType dtype : kTypes) {
-    for (int64_t cols : kCols) {
+    for (int64_t cols : all_cols) {
       for (int64_t rows : kRows) {
         for (Layout layout : kLayouts) {
           if (cols > 128 && (rows == 2 || layout == Layout::all_shifted)) continue;  // 1 and 7 rows: enough
