@@ -339,6 +339,33 @@ void bernoulli_double_backward(const BernoulliDoubleBackward& a, int64_t begin, 
   }
 }
 
+template <class T, class X>
+void bernoulli_tile(const BernoulliTile& a, int64_t begin, int64_t end) {
+  using V = Vector<T>;
+  using M = Memory<V>;
+  const T* bias = static_cast<const T*>(a.bias);
+  for (int64_t r = begin; r < end; ++r) {
+    T* tile = static_cast<T*>(a.tile) + r * a.cols;
+    const X* x = static_cast<const X*>(a.x) + (a.first_row + r) % a.x_rows * a.x_stride;
+    const Scalar<T> g = a.grad ? static_cast<const Scalar<T>*>(a.grad)[r] : Scalar<T>{1};
+    const auto logit = [&](int64_t c, int64_t n) { return M::load(tile + c, n) + M::load(bias + c, n); };
+    if (!a.log_likelihood) {
+      for_each_vector<V>(0, a.cols, [&](int64_t c, int64_t n) {
+        M::store(tile + c, g * bernoulli_grad_logit(logit(c, n), M::load(x + c, n)), n);
+      });
+    } else if (!a.wants_grad) {
+      a.log_likelihood[r] += row_sum<V>(
+          a.cols, [&](int64_t c, int64_t n) { return bernoulli_log_likelihood(logit(c, n), M::load(x + c, n)); });
+    } else {
+      a.log_likelihood[r] += row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
+        const BernoulliTerms<V> terms = bernoulli_terms(logit(c, n), M::load(x + c, n));
+        M::store(tile + c, g * terms.grad_logit, n);
+        return terms.log_likelihood;
+      });
+    }
+  }
+}
+
 // --- Gaussian log-likelihood -----------------------------------------------------------------------------------------
 
 // logvar of a row: one value for everything, or a tensor beside mean
@@ -454,6 +481,7 @@ VAE_FAST_RUN(PhiloxNormal, philox_normal)
 VAE_FAST_RUN(BernoulliForward, bernoulli_forward)
 VAE_FAST_RUN(BernoulliBackward, bernoulli_backward)
 VAE_FAST_RUN(BernoulliDoubleBackward, bernoulli_double_backward)
+VAE_FAST_RUN(BernoulliTile, bernoulli_tile)
 VAE_FAST_RUN(GaussianForward, gaussian_forward)
 VAE_FAST_RUN(GaussianBackward, gaussian_backward)
 VAE_FAST_RUN(GaussianDoubleBackward, gaussian_double_backward)

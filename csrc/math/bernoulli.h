@@ -32,6 +32,21 @@ VAE_FAST_INLINE V bernoulli_grad_logit(V l, V x) {
   return bernoulli_residual_sign(l, x) + (l > V{} ? tail : -tail);
 }
 
+// log p and d/dl log p, with t computed once
+template <class V>
+struct BernoulliTerms {
+  V log_likelihood, grad_logit;
+};
+
+template <class V>
+VAE_FAST_INLINE BernoulliTerms<V> bernoulli_terms(V l, V x) {
+  V t = Math<V>::exp(-Math<V>::abs(l));
+  V tail = t / (t + 1.0f);
+  V residual = bernoulli_residual_sign(l, x);
+  V linear = residual == V{} ? V{} : residual * l;
+  return {linear - Math<V>::log1p(t), residual + (l > V{} ? tail : -tail)};
+}
+
 // d2/dl2 log p
 template <class V>
 VAE_FAST_INLINE V bernoulli_curvature(V l) {
