@@ -25,6 +25,16 @@ def second_order(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         assert tensor is None or tensor.isfinite().all()
 
 
+def fused_layer(h: Tensor, weight: Tensor, x: Tensor) -> None:
+    """The last linear layer with its log-likelihood, both ways; it has no second derivatives."""
+    import vae_fast as vf
+
+    for reduction in ("none", "sum"):
+        out = vf.linear_bernoulli_log_likelihood(h, weight, None, x, reduction=reduction)
+        for tensor in (out, *torch.autograd.grad(out.sum(), [h, weight])):
+            assert tensor.isfinite().all()
+
+
 def calls(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, offset: int
 ) -> list[Callable[[], None]]:
@@ -36,6 +46,7 @@ def calls(
 
     mu, logvar, several = leaf(*shape), leaf(*shape), leaf(3, *shape)
     scalar = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
+    hidden, weight = leaf(3, shape[0], 5), leaf(shape[1], 5)
     soft, hard = torch.rand(shape, device=device), torch.rand(shape, device=device) < 0.5
     seed = torch.tensor([11], device=device)
     return [
@@ -46,6 +57,8 @@ def calls(
         lambda: second_order([vf.bernoulli_log_likelihood(mu, soft)], [mu]),
         lambda: second_order([vf.bernoulli_log_likelihood(several, soft.to(dtype))], [several]),
         lambda: second_order([vf.bernoulli_log_likelihood(several, hard)], [several]),
+        lambda: fused_layer(hidden, weight, soft),
+        lambda: fused_layer(hidden, weight, hard),
         lambda: second_order([vf.gaussian_log_likelihood(mu, logvar, soft)], [mu, logvar]),
         lambda: second_order([vf.gaussian_log_likelihood(several, scalar, soft)], [several, scalar]),
         lambda: second_order([vf.elbo(several, hard, mu, logvar).elbo], [several, mu, logvar]),

@@ -7,6 +7,8 @@ runs themselves are queued behind a backlog.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -217,3 +219,19 @@ def peak_memory(call: Callable[[], object]) -> int:
     peak = torch.cuda.max_memory_allocated() - before
     del kept
     return peak
+
+
+def peak_host_memory(call: Callable[[], object]) -> int:
+    """Bytes that a call takes of the host at most, beyond what was there before, by torch's own account; its
+    result is part of them."""
+    call()
+    gc.collect()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        kept = call()
+    del kept
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(0, *itertools.accumulate(event.nbytes() for event in events))

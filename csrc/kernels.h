@@ -123,6 +123,22 @@ struct BernoulliDoubleBackward {
   void* grad_logits;         // [rows, cols]
 };
 
+// A tile of a decoder's last linear layer, some of its rows and outputs: with l = tile[r, c] + bias[c] and
+// t = x[(first_row + r) mod x_rows, c],
+//   log_likelihood[r] += sum_c log Bernoulli(t; sigmoid(l))    and    tile[r, c] = grad[r] (t - sigmoid(l))
+struct BernoulliTile {
+  DType dtype, x_dtype;
+  int64_t rows, cols;  // of the tile
+  int64_t first_row, x_rows;
+  int64_t x_stride;        // elements from a row of x to the next
+  bool wants_grad;         // whether the tile is overwritten
+  const void* x;           // [x_rows, cols]
+  const void* bias;        // [cols]
+  const void* grad;        // [rows] loss, or null for ones
+  double* log_likelihood;  // [rows], or null
+  void* tile;              // [rows, cols]
+};
+
 // log_likelihood[r] = sum_c log N(x[r mod x_rows, c]; mean[r, c], exp(logvar)); logvar has the shape of mean, or is one
 // value for everything (logvar_scalar)
 struct GaussianForward {
@@ -176,6 +192,7 @@ struct GaussianDoubleBackward {
   DO(BernoulliForward)               \
   DO(BernoulliBackward)              \
   DO(BernoulliDoubleBackward)        \
+  DO(BernoulliTile)                  \
   DO(GaussianForward)                \
   DO(GaussianBackward)               \
   DO(GaussianDoubleBackward)

@@ -1,4 +1,5 @@
-// Every operator of vae_fast: its schema, the checks of its arguments, its autograd.
+// The operators of vae_fast: schema, checks of the arguments, autograd. (The last linear layer with its log-likelihood
+// is in linear_bernoulli.cpp.)
 //
 // Read from top to bottom: checks; `kernel`, one function per operator for every device (it checks, allocates and calls
 // the CPU or CUDA kernel; on meta tensors it stops after allocating, which makes it the fake kernel of torch.compile);
@@ -6,12 +7,8 @@
 //
 // A loss op is a triple: X_forward, X_backward and X_double_backward, each the derivative of the one before it.
 // Losses keep their inputs and recompute in backward; noise is recomputed from its seed.
-#include <ATen/ExpandUtils.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -20,58 +17,21 @@
 #include <optional>
 #include <tuple>
 
-#include "kernels.h"
-#ifdef VAE_FAST_WITH_CUDA
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "checks.h"
 
 namespace vae_fast {
 namespace {
 
-using at::Tensor;
 using std::optional;
 using Needs = std::array<bool, 2>;  // which of two gradients are wanted; the other comes back with no elements
 
-// --- checks: each names the argument, what came and what was wanted --------------------------------------------------
-
-DType dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kDouble:
-      return DType::f64;
-    case at::kHalf:
-      return DType::f16;
-    case at::kBFloat16:
-      return DType::bf16;
-    default:
-      return DType::u8;
-  }
-}
-
-void check_floating(const char* name, const Tensor& t) {
-  TORCH_CHECK_TYPE(dtype_of(t.scalar_type()) != DType::u8, name, ": got dtype ", t.scalar_type(),
-                   ", wanted float32, float64, float16 or bfloat16");
-}
-
-void check_has_features(const char* name, const Tensor& t) {
-  TORCH_CHECK_VALUE(t.dim() >= 1, name, ": got a tensor without dimensions, wanted [..., D]");
-}
-
-void check_device(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
-  TORCH_CHECK_VALUE(t.device() == other.device(), name, ": got device ", t.device(), ", wanted ", other.device(),
-                    ", where ", other_name, " is");
-}
-
-void check_shape(const char* name, const Tensor& t, const char* what, c10::SymIntArrayRef wanted) {
-  TORCH_CHECK_VALUE(t.sym_sizes() == wanted, name, ": got shape ", t.sym_sizes(), ", wanted ", wanted, ", ", what);
-}
+// --- checks, beside those of checks.h
+// ---------------------------------------------------------------------------------
 
 void check_same(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
   TORCH_CHECK_VALUE(t.sym_sizes() == other.sym_sizes(), name, ": got shape ", t.sym_sizes(), ", wanted ",
                     other.sym_sizes(), ", the shape of ", other_name);
-  TORCH_CHECK_TYPE(t.scalar_type() == other.scalar_type(), name, ": got dtype ", t.scalar_type(), ", wanted ",
-                   other.scalar_type(), ", the dtype of ", other_name);
+  check_dtype(name, t, other_name, other);
   check_device(name, t, other_name, other);
 }
 
@@ -91,38 +51,13 @@ void check_seed(const Tensor& seed, const char* other_name, const Tensor& other)
 void check_target(const Tensor& x, const char* output_name, const Tensor& output) {
   check_floating(output_name, output);
   check_has_features(output_name, output);
-  const auto type = x.scalar_type();
-  TORCH_CHECK_TYPE(dtype_of(type) != DType::u8 || type == at::kByte || type == at::kBool, "x: got dtype ", type,
-                   ", wanted float32, float64, float16, bfloat16, uint8 or bool");
-  const auto wanted = output.sym_sizes();
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.dim() <= output.dim() && wanted.slice(wanted.size() - x.dim()) == x.sym_sizes(),
-                    "x: got shape ", x.sym_sizes(), ", wanted the last dimensions of ", output_name,
-                    ", whose shape is ", wanted);
+  check_target_shape(x, output_name, output.sym_sizes());
   check_device("x", x, output_name, output);
 }
 
-// --- what every kernel function needs --------------------------------------------------------------------------------
-
-at::ScalarType loss_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-Tensor empty(c10::SymIntArrayRef sizes, const Tensor& like, at::ScalarType type) {
-  return at::empty_symint(sizes, like.options().dtype(type));
-}
+// --- what kernel functions need, beside that of checks.h -------------------------------------------------------------
 
 Tensor empty_contiguous(const Tensor& t) { return empty(t.sym_sizes(), t, t.scalar_type()); }
-
-Tensor not_wanted(const Tensor& like) { return at::empty({0}, like.options()); }
-
-c10::SymIntArrayRef datapoints(const Tensor& t) { return t.sym_sizes().slice(0, t.dim() - 1); }
-
-Tensor empty_loss(const Tensor& t) { return empty(datapoints(t), t, loss_type(t)); }
-
-void check_loss_grad(const char* name, const Tensor& grad, const Tensor& t) {
-  check_shape(name, grad, "one value per datapoint", datapoints(t));
-  TORCH_CHECK_TYPE(grad.scalar_type() == loss_type(t), name, ": got dtype ", grad.scalar_type(), ", wanted ",
-                   loss_type(t));
-  check_device(name, grad, "the output", t);
-}
 
 int64_t rows_of(const Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
 int64_t cols_of(const Tensor& t) { return t.size(-1); }
@@ -132,21 +67,6 @@ Tensor kernel_target(const Tensor& x, const Tensor& output) {
   if (x.scalar_type() == at::kBool) return x.contiguous().view(at::kByte);
   if (x.scalar_type() == at::kByte || x.scalar_type() == output.scalar_type()) return x.contiguous();
   return x.to(loss_type(output)).contiguous();
-}
-
-void* pointer(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.data_ptr() : nullptr; }
-
-template <class Args>
-void launch(const char* name, const Tensor& on, const Args& args) {
-  if (on.is_cpu()) return cpu::launch(args);
-#ifdef VAE_FAST_WITH_CUDA
-  const c10::DeviceGuard guard(on.device());
-  const int error = cuda::launch(args, c10::cuda::getCurrentCUDAStream(on.get_device()).stream());
-  TORCH_CHECK(error == 0, name, ": the CUDA launch failed: ", cuda::error_string(error));
-#else
-  TORCH_CHECK(false, name, ": got a tensor on ", on.device(),
-              ", but this build of vae_fast has no CUDA kernels; `vae-fast doctor` says why and how to mend it");
-#endif
 }
 
 // --- one function per operator, for every device ---------------------------------------------------------------------
@@ -405,12 +325,6 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_likelihood_double_backward(const
 // --- the same operators, called through the dispatcher ---------------------------------------------------------------
 
 namespace dispatched {
-#define VAE_FAST_DISPATCHED(name)                                                                               \
-  constexpr auto name = [](const auto&... args) {                                                               \
-    static const auto op =                                                                                      \
-        c10::Dispatcher::singleton().findSchemaOrThrow("vae_fast::" #name, "").typed<decltype(kernel::name)>(); \
-    return op.call(args...);                                                                                    \
-  }
 VAE_FAST_DISPATCHED(reparameterize_forward);
 VAE_FAST_DISPATCHED(reparameterize_backward);
 VAE_FAST_DISPATCHED(reparameterize_double_backward);
@@ -425,7 +339,6 @@ VAE_FAST_DISPATCHED(bernoulli_log_likelihood_double_backward);
 VAE_FAST_DISPATCHED(gaussian_log_likelihood_forward);
 VAE_FAST_DISPATCHED(gaussian_log_likelihood_backward);
 VAE_FAST_DISPATCHED(gaussian_log_likelihood_double_backward);
-#undef VAE_FAST_DISPATCHED
 }  // namespace dispatched
 
 // --- autograd --------------------------------------------------------------------------------------------------------
@@ -580,11 +493,7 @@ struct ReparameterizeWithKLBackward : Function<ReparameterizeWithKLBackward> {
   }
 };
 
-// log p is linear in x: its gradient in x, and that of its gradient, are sums over the samples that ATen can take.
-Tensor grad_target(const Tensor& per_sample, const Tensor& x) {
-  return at::sum_to(per_sample, x.sym_sizes()).to(x.scalar_type());
-}
-
+// log p is linear in x, so grad_target serves its gradient and that of its gradient.
 struct BernoulliLogLikelihood : Function<BernoulliLogLikelihood> {
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& x) {
     BelowAutograd guard;

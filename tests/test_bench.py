@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # at the end: the installed vae_fast stays first
 
-from bench import every_operator, gpu, operators, resources, timing
+from bench import every_operator, gpu, linear_bernoulli, operators, resources, timing
 
 CPU = torch.device("cpu")
 
@@ -24,6 +24,14 @@ def test_no_variant_of_any_operator_fails(op: operators.Operator, dtype: torch.d
     for line in lines:
         assert line["variants"].keys() == {"ours", "eager", "copy", *op.rivals}
         assert all(variant["median"] > 0 for variant in line["variants"].values())
+
+
+def test_the_fused_last_layer_is_timed_and_weighed_against_the_two_apart() -> None:
+    report = linear_bernoulli.bench(600, 4, 600, torch.float32, CPU, seconds=0, compiled=False)
+    assert report.keys() == {"ours, sum", "ours, none", "eager"}
+    assert all(line["median"] > 0 for line in report.values())
+    assert report["ours, sum"]["extra_bytes"] < report["eager"]["extra_bytes"]
+    assert all(name in linear_bernoulli.table(report) for name in report)
 
 
 def test_our_variant_and_the_eager_one_compute_the_same() -> None:

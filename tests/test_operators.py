@@ -62,6 +62,8 @@ def samples(device):
     mu, logvar = randn(4, 6, grad=True), randn(4, 6, grad=True)
     z3, logits, x = randn(3, 4, 6, grad=True), randn(2, 4, 6, grad=True), torch.rand(4, 6, device=device)
     loss, loss2 = randn(4, grad=True), randn(2, 4, grad=True)
+    h, weight, bias = randn(2, 4, 5, grad=True), randn(6, 5, grad=True), randn(6, grad=True)
+    given = [t.detach() for t in (h, weight, bias)]  # for operators without derivatives
     both = [True, True]
     v = randn(2, 4, 6)
     return [
@@ -81,6 +83,12 @@ def samples(device):
         (ops.bernoulli_log_likelihood_forward, (logits, x.round().bool())),
         (ops.bernoulli_log_likelihood_backward, (loss2, logits, x)),
         (ops.bernoulli_log_likelihood_double_backward, (v, randn(2, 4), randn(2, 4, 6), x)),
+        (ops.linear_bernoulli_log_likelihood_forward, (h, weight, bias, x)),
+        (ops.linear_bernoulli_log_likelihood_forward, (h, weight, None, x.round().bool())),
+        (ops.linear_bernoulli_log_likelihood_backward, (v[..., 0], *given, x, [True, False, True])),
+        (ops.linear_bernoulli_log_likelihood_sum, (h, weight, bias, x)),
+        (ops.linear_bernoulli_log_likelihood_sum, (h, weight, None, x)),
+        (ops.linear_bernoulli_log_likelihood_sum_and_grads, (*given, x, [True, True, False])),
         (ops.gaussian_log_likelihood_forward, (logits, randn(2, 4, 6, grad=True), x)),
         (ops.gaussian_log_likelihood_forward, (logits, randn(grad=True), x)),
         (ops.gaussian_log_likelihood_backward, (loss2, logits, randn(2, 4, 6, grad=True), x, both)),
@@ -89,7 +97,7 @@ def samples(device):
     ]
 
 
-@pytest.mark.parametrize("index", range(21))
+@pytest.mark.parametrize("index", range(27))
 def test_opcheck(index, device):
     op, args = samples(device)[index]
     torch.library.opcheck(op.default, args)

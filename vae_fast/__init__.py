@@ -14,11 +14,21 @@ from .functional import (
     elbo,
     gaussian_kl,
     gaussian_log_likelihood,
+    linear_bernoulli_log_likelihood,
     philox_normal,
     reparameterize,
     reparameterize_with_kl,
 )
-from .nn import VAE, BernoulliNLL, ELBOLoss, GaussianKL, MLPDecoder, MLPEncoder, Reparameterize
+from .nn import (
+    VAE,
+    BernoulliNLL,
+    ELBOLoss,
+    GaussianKL,
+    LinearBernoulliNLL,
+    MLPDecoder,
+    MLPEncoder,
+    Reparameterize,
+)
 from .trainer import History, Trainer, TrainingError
 
 __version__ = "0.1.0"
@@ -30,6 +40,7 @@ __all__ = [
     "ELBOLoss",
     "GaussianKL",
     "History",
+    "LinearBernoulliNLL",
     "MLPDecoder",
     "MLPEncoder",
     "Reparameterize",
@@ -43,6 +54,7 @@ __all__ = [
     "evaluation",
     "gaussian_kl",
     "gaussian_log_likelihood",
+    "linear_bernoulli_log_likelihood",
     "philox_normal",
     "reference",
     "reparameterize",

@@ -2,8 +2,9 @@
 
 All functions take ``[..., D]`` tensors, sum over the last dimension and speak nats. float32, float64,
 float16 and bfloat16 are computed in float32 (float64 in float64) and accumulated there; losses come back in
-float32 (float64). Every function is differentiable twice, and works under ``torch.compile(fullgraph=True)``,
-autocast and CUDA graphs. The same functions in plain PyTorch are in :mod:`vae_fast.reference`.
+float32 (float64). Every function is differentiable twice (but for
+:func:`linear_bernoulli_log_likelihood`), and works under ``torch.compile(fullgraph=True)``, autocast and CUDA
+graphs. The same functions in plain PyTorch are in :mod:`vae_fast.reference`.
 
 Source: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114; equation numbers are the
 paper's.
@@ -11,6 +12,7 @@ paper's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -27,6 +29,7 @@ __all__ = [
     "elbo",
     "gaussian_kl",
     "gaussian_log_likelihood",
+    "linear_bernoulli_log_likelihood",
     "philox_normal",
     "reparameterize",
     "reparameterize_with_kl",
@@ -123,6 +126,42 @@ def bernoulli_log_likelihood(logits: Tensor, x: Tensor, *, reduction: str = "non
         ValueError, TypeError: shapes, dtypes or devices do not fit, or an unknown reduction.
     """
     return reduce(_ops.bernoulli_log_likelihood_forward(logits, x), reduction)
+
+
+def linear_bernoulli_log_likelihood(
+    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, *, reduction: str = "none"
+) -> Tensor:
+    """log p(x|z) of a Bernoulli decoder (equation 11) from its last hidden layer:
+    ``bernoulli_log_likelihood(F.linear(h, weight, bias), x)``, without storing the logits.
+
+    Beside inputs, outputs and gradients it needs a few megabytes where the logits would take ``rows * D``
+    values, several times over: for wide outputs (genes, items), and for many latent samples. "sum" and "mean"
+    compute the gradients in the forward pass, with no more work than the layer alone. "none", where each
+    datapoint may have an upstream gradient of its own, as importance-weighted bounds need, computes the
+    logits again in the backward pass.
+
+    Args:
+        h: ``[..., H]``; may carry latent samples in front: ``[L, ..., H]`` against x ``[..., D]``.
+        weight: ``[D, H]``, as in ``torch.nn.Linear``, in the dtype of h.
+        bias: ``[D]``, or None.
+        x: ``[..., D]``, as in :func:`bernoulli_log_likelihood`. One whose last dimension is not contiguous,
+            or of a floating-point dtype that is neither float32 nor that of h, is copied a block of columns
+            at a time.
+        reduction: "none" gives one value per datapoint (and sample); "mean" and "sum" reduce over those.
+
+    Returns:
+        log p(x|z), ``[...]`` of h, in nats, or a scalar; float32 (float64), as are all sums inside. Autocast
+        casts h, weight and bias as it does for a linear layer.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit, or an unknown reduction.
+        NotImplementedError: a second derivative is asked for.
+    """
+    rows = math.prod(h.shape[:-1])
+    if reduction not in ("sum", "mean") or rows == 0:
+        return reduce(_ops.linear_bernoulli_log_likelihood_forward(h, weight, bias, x), reduction)
+    total = cast(Tensor, _ops.linear_bernoulli_log_likelihood_sum(h, weight, bias, x))
+    return total if reduction == "sum" else total / rows
 
 
 def gaussian_log_likelihood(mean: Tensor, logvar: Tensor, x: Tensor, *, reduction: str = "none") -> Tensor:

@@ -59,6 +59,25 @@ class BernoulliNLL(nn.Module):
         return -F.bernoulli_log_likelihood(logits, x, reduction=self.reduction)
 
 
+class LinearBernoulliNLL(nn.Linear):
+    """The last linear layer of a Bernoulli decoder and its -log p(x|z) in one, in nats, the logits never
+    stored; see :func:`vae_fast.linear_bernoulli_log_likelihood`.
+
+    An ``nn.Linear(in_features, out_features)``, with its parameters, that takes the target too:
+    h ``[..., H]`` and x ``[..., D]``. The default averages over datapoints (and sums over features, as
+    always). For the logits themselves, ``nn.functional.linear(h, layer.weight, layer.bias)``.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, reduction: str = "mean"
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.reduction = reduction
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        return -F.linear_bernoulli_log_likelihood(h, self.weight, self.bias, x, reduction=self.reduction)
+
+
 class ELBOLoss(nn.Module):
     """The negative variational bound, -(log p(x|z) - beta * KL), in nats; see :func:`vae_fast.elbo`."""
 

@@ -154,6 +154,13 @@ def bernoulli_log_likelihood(logits: Tensor, x: Tensor, *, reduction: str = "non
     return reduce(-nll.sum(dim=-1), reduction)
 
 
+def linear_bernoulli_log_likelihood(
+    h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, *, reduction: str = "none"
+) -> Tensor:
+    """log p(x|z) of equation 11 from the last hidden layer, logits = h weight^T + bias."""
+    return bernoulli_log_likelihood(torch.nn.functional.linear(h, weight, bias), x, reduction=reduction)
+
+
 def gaussian_log_likelihood(mean: Tensor, logvar: Tensor, x: Tensor, *, reduction: str = "none") -> Tensor:
     """log p(x|z) = -1/2 sum_i (log 2 pi + logvar_i + (x_i - mean_i)^2 / exp(logvar_i)) (equation 12)."""
     dtype = loss_dtype(mean.dtype)

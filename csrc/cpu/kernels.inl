@@ -313,6 +313,23 @@ void philox_normal(const PhiloxNormal& a, int64_t begin, int64_t end) {
 
 // --- Bernoulli log-likelihood ----------------------------------------------------------------------------------------
 
+// The sum of log p over a row, where add(sum, c, n) adds the elements [c, c + n).
+template <class V, class Add>
+VAE_FAST_INLINE double bernoulli_row_sum(int64_t cols, Add add) {
+  return row_sum_in_groups<V, BernoulliSum<V>::kMost>(
+      cols,
+      [&](int64_t c) {
+        BernoulliSum<V> sum;
+        for (int k = 0; k < sum.kMost; ++k) add(sum, c + k * Memory<V>::lanes, Memory<V>::lanes);
+        return sum.log_likelihood();
+      },
+      [&](int64_t c, int64_t n) {
+        BernoulliSum<V> sum;
+        add(sum, c, n);
+        return sum.log_likelihood();
+      });
+}
+
 template <class T, class X>
 void bernoulli_forward(const BernoulliForward& a, int64_t begin, int64_t end) {
   using V = Vector<T>;
@@ -320,15 +337,9 @@ void bernoulli_forward(const BernoulliForward& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const T* logits = static_cast<const T*>(a.logits) + r * a.cols;
     const X* x = static_cast<const X*>(a.x) + (r % a.x_rows) * a.cols;
-    double sum = row_sum_in_groups<V, BernoulliSum<V>::kMost>(
-        a.cols,
-        [&](int64_t c) {
-          BernoulliSum<V> group;
-          for (int k = 0; k < group.kMost; ++k, c += M::lanes)
-            group.add(M::load(logits + c, M::lanes), M::load(x + c, M::lanes));
-          return group.log_likelihood();
-        },
-        [&](int64_t c, int64_t n) { return bernoulli_log_likelihood(M::load(logits + c, n), M::load(x + c, n)); });
+    double sum = bernoulli_row_sum<V>(a.cols, [&](BernoulliSum<V>& group, int64_t c, int64_t n) {
+      group.add(M::load(logits + c, n), M::load(x + c, n));
+    });
     static_cast<Scalar<T>*>(a.log_likelihood)[r] = static_cast<Scalar<T>>(sum);
   }
 }
@@ -363,6 +374,31 @@ void bernoulli_double_backward(const BernoulliDoubleBackward& a, int64_t begin, 
       M::store(grad_logits + c, g * vc * bernoulli_curvature(l), n);
       return vc * bernoulli_grad_logit(l, M::load(x + c, n));
     }));
+  }
+}
+
+template <class T, class X>
+void bernoulli_tile(const BernoulliTile& a, int64_t begin, int64_t end) {
+  using V = Vector<T>;
+  using M = Memory<V>;
+  const T* bias = static_cast<const T*>(a.bias);
+  for (int64_t r = begin; r < end; ++r) {
+    T* tile = static_cast<T*>(a.tile) + r * a.cols;
+    const X* x = static_cast<const X*>(a.x) + (a.first_row + r) % a.x_rows * a.x_stride;
+    const Scalar<T> g = a.grad ? static_cast<const Scalar<T>*>(a.grad)[r] : Scalar<T>{1};
+    const auto logit = [&](int64_t c, int64_t n) { return M::load(tile + c, n) + M::load(bias + c, n); };
+    if (!a.log_likelihood) {
+      for_each_vector<V>(0, a.cols, [&](int64_t c, int64_t n) {
+        M::store(tile + c, g * bernoulli_grad_logit(logit(c, n), M::load(x + c, n)), n);
+      });
+      continue;
+    }
+    const auto add = [&](BernoulliSum<V>& sum, int64_t c, int64_t n) {
+      const V l = logit(c, n), target = M::load(x + c, n), t = bernoulli_odds(l);
+      sum.add(l, target, t);
+      if (a.wants_grad) M::store(tile + c, g * bernoulli_grad_logit(l, target, t), n);
+    };
+    a.log_likelihood[r] += bernoulli_row_sum<V>(a.cols, add);
   }
 }
 
@@ -481,6 +517,7 @@ VAE_FAST_RUN(PhiloxNormal, philox_normal)
 VAE_FAST_RUN(BernoulliForward, bernoulli_forward)
 VAE_FAST_RUN(BernoulliBackward, bernoulli_backward)
 VAE_FAST_RUN(BernoulliDoubleBackward, bernoulli_double_backward)
+VAE_FAST_RUN(BernoulliTile, bernoulli_tile)
 VAE_FAST_RUN(GaussianForward, gaussian_forward)
 VAE_FAST_RUN(GaussianBackward, gaussian_backward)
 VAE_FAST_RUN(GaussianDoubleBackward, gaussian_double_backward)

@@ -37,6 +37,7 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
   static VAE_FAST_INLINE V from_uint(Uint u) {
     return from_int((Int)(u >> 16)) * 65536.0f + from_int((Int)(u & 0xFFFFu));
   }
+  static VAE_FAST_INLINE V quotient(V a, V b) { return a / b; }
   static VAE_FAST_INLINE V sqrt(V a) {
 #if VAE_FAST_VECTOR_BYTES == 64
     return (V)_mm512_sqrt_ps((__m512)a);

@@ -6,6 +6,8 @@
 //   d/dl      = x - y     = (x - [l > 0]) + sign(l) t / (1 + t)
 //   d2/dl2    = -y (1 - y) = -t / (1 + t)^2
 //   d/dx      = l
+//
+// M is the arithmetic: Math<V>, or one that is faster where less is known of l.
 #pragma once
 
 #include "math.h"
@@ -25,41 +27,50 @@ VAE_FAST_INLINE V bernoulli_linear(V l, V x) {
   return residual == V{} ? V{} : residual * l;  // 0 * inf is 0 here: a certain and right prediction costs nothing
 }
 
-template <class V>
-VAE_FAST_INLINE V bernoulli_log_likelihood(V l, V x) {
-  V t = Math<V>::exp_nonpositive(Math<V>::minus_abs(l));
-  return bernoulli_linear(l, x) - Math<V>::log1p_unit(t);
+// t
+template <class V, class M = Math<V>>
+VAE_FAST_INLINE V bernoulli_odds(V l) {
+  return M::exp_nonpositive(M::minus_abs(l));
 }
 
-// The same for kMost pairs (l, x) at most, with one logarithm for all: sum log(1 + t) = log prod (1 + t). What is kept
-// is the product minus one, which small t do not lose their digits in; it is less than 2^kMost.
-template <class V>
+template <class V, class M = Math<V>>
+VAE_FAST_INLINE V bernoulli_log_likelihood(V l, V x) {
+  return bernoulli_linear(l, x) - M::log1p_unit(bernoulli_odds<V, M>(l));
+}
+
+// The sum of log p over kMost pairs (l, x) at most, with one logarithm for all: sum log(1 + t) = log prod (1 + t). What
+// is kept is the product minus one, in which small t do not lose their digits; it is less than 2^kMost.
+template <class V, class M = Math<V>>
 class BernoulliSum {
  public:
   static constexpr int kMost = 8;
-  VAE_FAST_INLINE void add(V l, V x) {
-    V t = Math<V>::exp_nonpositive(Math<V>::minus_abs(l));
+  VAE_FAST_INLINE void add(V l, V x, V t) {
     linear_ = linear_ + bernoulli_linear(l, x);
-    product_ = Math<V>::fma(product_, t, product_ + t);
+    product_ = M::fma(product_, t, product_ + t);
   }
-  VAE_FAST_INLINE V log_likelihood() const { return linear_ - Math<V>::log1p_nonnegative(product_); }
+  VAE_FAST_INLINE void add(V l, V x) { add(l, x, bernoulli_odds<V, M>(l)); }
+  VAE_FAST_INLINE V log_likelihood() const { return linear_ - M::log1p_nonnegative(product_); }
 
  private:
   V linear_{}, product_{};
 };
 
-template <class V>
-VAE_FAST_INLINE V bernoulli_grad_logit(V l, V x) {
-  V t = Math<V>::exp_nonpositive(Math<V>::minus_abs(l));
-  V tail = t / (t + 1.0f);  // sigmoid(-|l|)
+template <class V, class M = Math<V>>
+VAE_FAST_INLINE V bernoulli_grad_logit(V l, V x, V t) {
+  V tail = M::quotient(t, t + constant<V>(1.0));  // sigmoid(-|l|)
   return bernoulli_residual_sign(l, x) + (l > V{} ? tail : -tail);
 }
 
+template <class V, class M = Math<V>>
+VAE_FAST_INLINE V bernoulli_grad_logit(V l, V x) {
+  return bernoulli_grad_logit<V, M>(l, x, bernoulli_odds<V, M>(l));
+}
+
 // d2/dl2 log p
-template <class V>
+template <class V, class M = Math<V>>
 VAE_FAST_INLINE V bernoulli_curvature(V l) {
-  V t = Math<V>::exp_nonpositive(Math<V>::minus_abs(l));
-  V y = t / (t + 1.0f);
+  V t = bernoulli_odds<V, M>(l);
+  V y = M::quotient(t, t + constant<V>(1.0));
   return -(y * (constant<V>(1.0) - y));
 }
 

@@ -73,6 +73,7 @@ struct Math<float> {
   using Uint = uint32_t;
   static VAE_FAST_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
   static VAE_FAST_INLINE float minus_abs(float a) { return -::fabsf(a); }
+  static VAE_FAST_INLINE float quotient(float a, float b) { return a / b; }  // b in [1, 2]
   static VAE_FAST_INLINE float sqrt(float a) { return ::sqrtf(a); }
   static VAE_FAST_INLINE float exp(float a) { return ::expf(a); }
   static VAE_FAST_INLINE float exp_nonpositive(float a) { return ::expf(a); }
@@ -112,6 +113,7 @@ struct Math<double> {
   using Scalar = double;
   static VAE_FAST_INLINE double fma(double a, double b, double c) { return a * b + c; }
   static VAE_FAST_INLINE double minus_abs(double a) { return -::fabs(a); }
+  static VAE_FAST_INLINE double quotient(double a, double b) { return a / b; }
   static VAE_FAST_INLINE double sqrt(double a) { return ::sqrt(a); }
   static VAE_FAST_INLINE double exp(double a) { return ::exp(a); }
   static VAE_FAST_INLINE double exp_nonpositive(double a) { return ::exp(a); }

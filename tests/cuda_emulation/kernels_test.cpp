@@ -205,9 +205,11 @@ class Tensors {
   Tensor& output(int64_t count) { return make(case_.dtype, count, Use::output); }
   Tensor& loss_input() { return make(loss_of(case_.dtype), case_.rows, Use::input).fill(symmetric); }
   Tensor& loss_output() { return make(loss_of(case_.dtype), case_.rows, Use::output); }
-  Tensor& target(bool binary) {
+  Tensor& double_output(int64_t count) { return make(DType::f64, count, Use::output); }
+  // Its rows may be further apart than they are wide.
+  Tensor& target(bool binary, int64_t gap = 0) {
     const bool hard = case_.x_dtype == DType::u8;
-    return make(case_.x_dtype, case_.x_rows * case_.cols, Use::input).fill([=] {
+    return make(case_.x_dtype, case_.x_rows * (case_.cols + gap), Use::input).fill([=] {
       if (hard || (binary && uniform() < 0.5)) return uniform() < 0.5 ? 0.0 : 1.0;
       return binary ? uniform() : symmetric();
     });
@@ -528,6 +530,42 @@ void test(const Case& c, BernoulliDoubleBackward) {
   }
   compare(c, "ggrad", ggrad, to_grad, kRowSlack);
   compare(c, "grad_logits", grad_logits, to_logits, kElementSlack);
+}
+
+void test(const Case& c, BernoulliTile) {
+  for (int outputs = 1; outputs <= 3; ++outputs) {  // bit 0: log_likelihood, bit 1: the gradient
+    Tensors t(c);
+    const int64_t n = c.rows * c.cols, gap = outputs == 2 ? 16 : outputs == 3 ? 1 : 0, first_row = outputs - 1;
+    const bool wants_sum = outputs & 1, wants_grad = outputs & 2, with_grad = outputs == 2;
+    Tensor &tile = t.output(n).fill(symmetric), &bias = t.input(c.cols), &x = t.target(true, gap);
+    Tensor &grad = t.loss_input(), &sum = t.double_output(c.rows).fill(symmetric);
+    Expected to_sum(c.rows), to_tile(n);
+    for (int64_t r = 0; r < c.rows; ++r) {
+      Sum row;
+      row.add(at(sum, r));
+      for (int64_t j = 0; j < c.cols; ++j) {
+        const double logit = at(tile, r * c.cols + j) + at(bias, j), g = with_grad ? at(grad, r) : 1;
+        const double target = at(x, (first_row + r) % c.x_rows * (c.cols + gap) + j);
+        Sum element;
+        element.add(g * bernoulli_grad_logit<R>(logit, target));
+        element.size += std::fabs(g);  // x - y may cancel
+        to_tile.set(r * c.cols + j, element);
+        row.add(bernoulli_log_likelihood<R>(logit, target));
+      }
+      to_sum.set(r, row);
+    }
+    const Values untouched = tile.values;
+    launched(
+        c, cuda::launch(BernoulliTile{c.dtype, c.x_dtype, c.rows, c.cols, first_row, c.x_rows, c.cols + gap, wants_grad,
+                                      x.pointer(), bias.pointer(), with_grad ? grad.pointer() : nullptr,
+                                      wants_sum ? static_cast<double*>(sum.pointer()) : nullptr, tile.pointer()},
+                        nullptr));
+    if (wants_sum) compare(c, "log_likelihood", sum, to_sum, kRowSlack);
+    if (wants_grad)
+      compare(c, "tile", tile, to_tile, kElementSlack);
+    else
+      compare(c, "tile", tile, untouched, untouched, 0);
+  }
 }
 
 void test(const Case& c, GaussianForward) {
