@@ -115,17 +115,20 @@ def find_cuobjdump() -> str | None:
 
 def parse_usage(usage: str, capability: str) -> list[Kernel]:
     """The kernels for sm_<capability>, with or without a letter after it, in cuobjdump's report."""
-    kernels, right_arch, function = [], False, ""
+    found: list[tuple[str, int, int]] = []
+    right_arch, function = False, ""
     for line in usage.splitlines():
         if match := re.search(r"arch = sm_(\d+)", line):
             right_arch = match[1] == capability
         elif match := re.search(r"Function (\S+):", line):
             function = match[1]
-        elif right_arch and function and (match := re.search(r"REG:(\d+) STACK:(\d+)", line)):
-            file = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_[0-9a-f]+", function)
-            source = f"{file[1]}.cu" if file else "?"
-            kernels.append(Kernel(source, _short(_demangled(function)), int(match[1]), int(match[2])))
-            function = ""
+        elif right_arch and (match := re.search(r"REG:(\d+) STACK:(\d+)", line)):
+            found.append((function, int(match[1]), int(match[2])))
+    kernels = []
+    names = _demangled("\n".join(function for function, _, _ in found)).splitlines()
+    for (function, registers, stack), name in zip(found, names, strict=True):
+        file = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_[0-9a-f]+", function)
+        kernels.append(Kernel(f"{file[1]}.cu" if file else "?", _short(name), registers, stack))
     return kernels
 
 
