@@ -4,7 +4,8 @@ python -m bench.gpu --out DIR [--parts build,tests,sanitizer,bench] [--quick] [-
 
 Needs torch, nvcc, ninja and pytest; no network. Run it in the root of a checkout. A part that fails or runs
 out of time is recorded, and the next one goes on; the exit status says whether all passed. Into DIR go
-gpu.json (all that was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt and operators.png.
+gpu.json (all that was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt, operators.png and
+operators.html.
 """
 
 from __future__ import annotations
@@ -261,8 +262,9 @@ def bench(session: Session, deadline: float) -> Part:
             if (found / f"{name}.json").exists():
                 part.data[name] = json.loads((found / f"{name}.json").read_text(encoding="utf-8"))
                 texts.append((found / f"{name}.txt").read_text(encoding="utf-8"))
-        if (found / "operators.png").exists():
-            shutil.copy(found / "operators.png", session.out)
+        for name in ("operators.png", "operators.html"):
+            if (found / name).exists():
+                shutil.copy(found / name, session.out)
         part.text = "\n".join(texts)
     for line in part.data.get("operators", {}).get("operators", []):
         if error := line["variants"].get("ours", {}).get("error"):

@@ -36,6 +36,7 @@ QUICK = {
     "cuda": [(128, 784), (65536, 1024), (128, 20), (32768, 2048)],
 }
 DTYPES = [torch.float32, torch.bfloat16]
+SMALL = 2**17  # elements up to which a GPU is done with a call before the host is with the next
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,11 @@ class Sets:
             return Variant(name, prepare_backward, backward)
         return Variant(name, prepare_both, both)
 
+    def host_time(self, name: str, call: Callable[..., Outputs], direction: str) -> Timing:
+        variant = self.variant(name, call, direction)
+        state = variant.prepare(0)
+        return host_time(lambda: variant.run(state), self.inputs[0][0].device)
+
     def copy(self, direction: str) -> Variant:
         shape, device = (self.bytes[direction] // 2,), self.inputs[0][0].device
         sources = [torch.randint(255, shape, dtype=torch.uint8, device=device) for _ in range(self.count)]
@@ -321,6 +327,13 @@ def bench(
                 },
             }
         )
+        if device.type == "cuda" and direction != "backward" and shape[0] * shape[1] <= SMALL:
+            compiled_ones = [name for name in calls if name in report.COMPILED]
+            lines[-1]["host"] = {
+                name: sets.host_time(name, calls[name], direction).to_dict()
+                for name in ("ours", "eager", *compiled_ones)
+                if isinstance(timings[name], Timing)
+            }
     peaks: dict[str, int | str] = {}
     for name, call in calls.items():
         variant = sets.variant(name, call, "both")
@@ -334,23 +347,18 @@ def bench(
     return lines
 
 
-def host_times(ops: Sequence[Operator], device: torch.device, *, compile: bool) -> list[dict[str, Any]]:
-    """Host microseconds per call: ours, eager, compiled, and one native operator. On a GPU at the sizes of a
-    VAE, the device's work left queued; on a CPU of one element, where next to nothing is left to compute."""
+def host_times(ops: Sequence[Operator], device: torch.device) -> list[dict[str, Any]]:
+    """Host microseconds per call: ours, eager, and one native operator. On a GPU at the sizes of a VAE, the
+    device's work left queued; on a CPU of one element, where next to nothing is left to compute."""
     lines = []
     cuda = device.type == "cuda"
     for op in ops:
         shape = (1, 1) if not cuda else (128, 784) if op.shapes is DATA_SHAPES else (128, 20)
         sets = Sets(op, shape, torch.float32, device)
-        calls = {"ours": op.ours, "eager": op.eager}
-        if compile:
-            calls["compile"] = compiled(op.eager, device)["compile"]
         for direction in ("forward", "both"):
             line: dict[str, Any] = {"operator": op.name, "shape": shape, "direction": direction}
-            for name, call in calls.items():
-                variant = sets.variant(name, call, direction)
-                state = variant.prepare(0)
-                line[name] = host_time(lambda run=variant.run, state=state: run(state), device).to_dict()
+            for name, call in {"ours": op.ours, "eager": op.eager}.items():
+                line[name] = sets.host_time(name, call, direction).to_dict()
             lines.append(line)
     shape = (128, 784) if cuda else (1, 1)
     a, b = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
@@ -416,7 +424,7 @@ def run(
 
     result["accuracy"] = accuracy.run(device, only=only)
     say("accuracy")
-    result["host"] = host_times(wanted, device, compile=compile and not quick)
+    result["host"] = host_times(wanted, device)
     say("host times")
     if device.type == "cuda":
         result["kernels"] = resources.to_dicts(resources.of_extension(device))

@@ -54,14 +54,14 @@ def losses(result: dict[str, Any]) -> list[tuple[Line, str, float]]:
 
 
 def operator_rows(result: dict[str, Any]) -> Rows:
-    host = {(line["operator"], line["direction"]): line for line in result.get("host", [])}
+    elsewhere = {(line["operator"], line["direction"]): line for line in result.get("host", [])}
     autotuned = any(COMPILED[1] in line["variants"] for line in result["operators"])
     columns = ["ours", "eager", COMPILED[0], *([COMPILED[1]] if autotuned else []), "copy"]
     ratios, memory = ["ours/copy", "eager/ours", "compile/ours"], ["MB", "eager MB", "compile MB"]
     rows = [[*_KEY, *columns, *ratios, "GB/s", "host us", *memory]]
     for line in result["operators"]:
         ours, peaks = time_of(line, "ours"), line.get("peak_bytes", {})
-        calls = host.get((line["operator"], line["direction"]), {})
+        calls = line.get("host") or elsewhere.get((line["operator"], line["direction"]), {})
         rows.append(
             [*_key(line), *(_number(time_of(line, name)) for name in columns)]
             + [_ratio(ours, time_of(line, "copy"))]
@@ -85,11 +85,15 @@ def rival_rows(result: dict[str, Any]) -> Rows:
 
 
 def host_rows(result: dict[str, Any]) -> Rows:
+    """On a GPU with torch.compile's, from the line of the same shape."""
     names = ["ours", "eager", "compile", "native"]
     rows = [["host us per call", "shape", "direction", *names]]
     for line in result.get("host", []):
-        cells = [_number(line.get(name, {}).get("median")) for name in names]
-        rows.append([line["operator"], "{}x{}".format(*line["shape"]), line["direction"], *cells])
+        shape = "{}x{}".format(*line["shape"])
+        key = [line["operator"], shape, "float32", line["direction"]]
+        measured = next((x["host"] for x in result["operators"] if "host" in x and _key(x) == key), {})
+        cells = [_number((line | measured).get(name, {}).get("median")) for name in names]
+        rows.append([line["operator"], shape, line["direction"], *cells])
     return rows
 
 
