@@ -1,5 +1,6 @@
-"""What is measured, against whom: `python -m bench.operators` and `python -m bench.training`; on a machine
-with a GPU `python -m bench.gpu`, which builds, tests and measures everything."""
+"""What is measured, against whom: `python -m bench.operators` (of an installed package: `vae-fast bench`),
+`python -m bench.accuracy`, `python -m bench.training`, `pytest bench/ --benchmark-only`; on a machine with a
+GPU `python -m bench.gpu`, which builds, tests and measures everything."""
 
 import sys
 from pathlib import Path

@@ -4,7 +4,8 @@ python -m bench.gpu --out DIR [--parts build,tests,sanitizer,bench] [--quick] [-
 
 Needs torch, nvcc, ninja and pytest; no network. Run it in the root of a checkout. A part that fails or runs
 out of time is recorded, and the next one goes on; the exit status says whether all passed. Into DIR go
-gpu.json (all that was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt and operators.png.
+gpu.json (all that was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt, operators.png and
+operators.html.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -22,14 +22,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench import resources
+from . import machine, resources
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = machine.ROOT
 BUILD = ROOT / "build/bench"  # ignored by git; kept from part to part, and from call to call
 SHARES = {"build": 2.6, "tests": 1.9, "sanitizer": 1.0, "bench": 2.5}  # of the time, in order; unused goes on
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -263,8 +262,9 @@ def bench(session: Session, deadline: float) -> Part:
             if (found / f"{name}.json").exists():
                 part.data[name] = json.loads((found / f"{name}.json").read_text(encoding="utf-8"))
                 texts.append((found / f"{name}.txt").read_text(encoding="utf-8"))
-        if (found / "operators.png").exists():
-            shutil.copy(found / "operators.png", session.out)
+        for name in ("operators.png", "operators.html"):
+            if (found / name).exists():
+                shutil.copy(found / name, session.out)
         part.text = "\n".join(texts)
     for line in part.data.get("operators", {}).get("operators", []):
         if error := line["variants"].get("ours", {}).get("error"):
@@ -283,36 +283,14 @@ PARTS: dict[str, Callable[[Session, float], Part]] = {
 # --- where and what -----------------------------------------------------------------------------------------
 
 
-def _output(*command: str) -> str:
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def describe(argv: Sequence[str], commit: str | None) -> dict[str, Any]:
-    """Commit, versions, GPU, driver and command."""
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
+    """What machine.describe says, and GPU, driver and compiler."""
     nvcc = resources.find_nvcc()
-    facts: dict[str, Any] = {
-        "command": " ".join(["python -m bench.gpu", *argv]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "commit": commit or _output("git", "rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpus": os.cpu_count(),
-        "versions": {name: installed(name) for name in ("torch", "triton", "numpy", "pytest")},
-        "nvcc": _output(nvcc, "--version").splitlines()[-2:] if nvcc else None,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "gpu_state": _output(
+    facts = machine.describe(" ".join(["python -m bench.gpu", *argv]))
+    facts |= {
+        "commit": commit or facts["commit"] or "unknown",
+        "nvcc": machine.output(nvcc, "--version").splitlines()[-2:] if nvcc else None,
+        "gpu_state": machine.output(
             "nvidia-smi", "--query-gpu=name,clocks.sm,clocks.mem,clocks.max.sm,power.limit", "--format=csv"
         ),
     }

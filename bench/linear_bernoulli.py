@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import Timing, Variant, measure, peak_host_memory, peak_memory
+from .timing import Timing, Variant, measure, peak_memory
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -67,11 +67,10 @@ def bench(
     calls = {name: both(loss) for name, loss in losses(compiled).items()}
     variants = [Variant(name, lambda i: None, lambda _, call=call: call()) for name, call in calls.items()]
     timings = measure(variants, 1, device, seconds)
-    peak = peak_memory if device.type == "cuda" else peak_host_memory
     report: dict[str, dict[str, object]] = {}
     for name, timing in timings.items():
         if isinstance(timing, Timing):
-            report[name] = {**timing.to_dict(), "extra_bytes": peak(calls[name]) - gradients}
+            report[name] = {**timing.to_dict(), "extra_bytes": peak_memory(calls[name], device) - gradients}
         else:
             report[name] = {"error": timing}
     return report

@@ -2,16 +2,15 @@
 
 python -m bench.operators [--device cpu|cuda] [--quick] [--out DIR] [--operators NAME ...]
 
-Every line of the table is one operator, shape, dtype and direction; its variants are timed in turns in one
-run (see timing.py), on random data. "copy" moves the fewest bytes that the operator must move, half of them
-read and half written. Directions: forward under no_grad, backward alone, and both.
+`vae-fast bench` is the same from an installed package, and `pytest bench/ --benchmark-only` the same work
+under pytest-benchmark. Every line of the table is one operator, shape, dtype and direction; its variants are
+timed in turns in one run (see timing.py), on random data. "copy" moves the fewest bytes that the operator
+must move, half of them read and half written. Directions: forward under no_grad, backward alone, and both.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,17 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import Timing, Variant, buffer_sets, host_time, measure, peak_memory
+from . import accuracy, machine, report, resources
+from .timing import Timing, Variant, buffer_sets, host_time, measure, peak_memory
 
 Outputs = tuple[Tensor, ...]
 DIRECTIONS = ("forward", "backward", "both")
 
 # rows, columns; those that matter most come first: time may run out
 DATA_SHAPES = [(4096, 784), (128, 784), (65536, 1024), (512, 12288), (128, 20000), (100, 784)]
-LATENT_SHAPES = [(128, 20), (32768, 2048), (4096, 128), (128, 2048)]
-QUICK = {"cpu": [(4096, 784), (4096, 128)], "cuda": [(128, 784), (65536, 1024), (128, 20), (32768, 2048)]}
-# Compiling takes seconds each time: not for every shape.
-COMPILED = {(4096, 784), (128, 784), (65536, 1024), (128, 20), (32768, 2048), (4096, 128)}
+LATENT_SHAPES = [(4096, 128), (128, 20), (32768, 2048), (128, 2048)]
+QUICK = {
+    "cpu": [(4096, 784), (128, 784), (4096, 128), (128, 20)],
+    "cuda": [(128, 784), (65536, 1024), (128, 20), (32768, 2048)],
+}
+DTYPES = [torch.float32, torch.bfloat16]
+SMALL = 2**17  # elements up to which a GPU is done with a call before the host is with the next
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,11 @@ class Sets:
             return Variant(name, prepare_backward, backward)
         return Variant(name, prepare_both, both)
 
+    def host_time(self, name: str, call: Callable[..., Outputs], direction: str) -> Timing:
+        variant = self.variant(name, call, direction)
+        state = variant.prepare(0)
+        return host_time(lambda: variant.run(state), self.inputs[0][0].device)
+
     def copy(self, direction: str) -> Variant:
         shape, device = (self.bytes[direction] // 2,), self.inputs[0][0].device
         sources = [torch.randint(255, shape, dtype=torch.uint8, device=device) for _ in range(self.count)]
@@ -245,12 +253,45 @@ class Sets:
         return Variant("copy", lambda i: i, lambda i: targets[i].copy_(sources[i]))
 
 
-def compiled(call: Callable[..., Outputs]) -> Callable[..., Outputs]:
+def compiled(call: Callable[..., Outputs], device: torch.device) -> dict[str, Callable[..., Outputs]]:
+    """torch.compile as it comes and, on a GPU, with the search for the best launch."""
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False  # or backward could not be timed alone
     torch._dynamo.reset()
-    return torch.compile(call, dynamic=False)  # type: ignore[no-any-return]
+    calls = {"compile": torch.compile(call, dynamic=False)}
+    if device.type == "cuda":  # of a CPU's code it searches matrix products only
+        mode = "max-autotune-no-cudagraphs"
+        calls["compile, max-autotune"] = torch.compile(call, dynamic=False, mode=mode)
+    return calls
+
+
+def variants(op: Operator, device: torch.device, *, compile: bool) -> dict[str, Callable[..., Outputs]]:
+    """Ours, and what people write instead."""
+    return {
+        "ours": op.ours,
+        "eager": op.eager,
+        **op.rivals,
+        **(compiled(op.eager, device) if compile else {}),
+    }
+
+
+def refusal(op: Operator, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str:
+    """Why this would not fit in memory, by a generous estimate; nothing where it does."""
+    elements = shape[0] * shape[1]
+    tensor = elements * dtype.itemsize
+    # Inputs, upstream gradients, the copy's two buffers; a call's results, and eager's float32 temporaries.
+    held = (2 * op.forward + op.backward) * tensor
+    call = (op.forward + op.backward) * tensor + 6 * 4 * elements
+    sets = buffer_sets(op.forward * tensor, device)
+    # CUDA graphs keep the results of every variant and set.
+    needed = sets * (held + call * (4 + len(op.rivals))) if device.type == "cuda" else sets * held + call
+    free = machine.free_bytes(device)
+    return "" if needed <= free else f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+
+
+def label(op: Operator, shape: tuple[int, int], dtype: torch.dtype) -> str:
+    return f"{op.name} {shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
 
 
 def bench(
@@ -265,13 +306,11 @@ def bench(
 ) -> list[dict[str, Any]]:
     """The lines of the table for one operator, shape and dtype."""
     sets = Sets(op, shape, dtype, device)
-    calls = {"ours": op.ours, "eager": op.eager, **op.rivals}
-    if compile:
-        calls["compile"] = compiled(op.eager)
+    calls = variants(op, device, compile=compile)
     lines = []
     for direction in directions:
-        variants = [sets.variant(name, call, direction) for name, call in calls.items()]
-        timings = measure([*variants, sets.copy(direction)], sets.count, device, seconds)
+        timed = [sets.variant(name, call, direction) for name, call in calls.items()]
+        timings = measure([*timed, sets.copy(direction)], sets.count, device, seconds)
         lines.append(
             {
                 "operator": op.name,
@@ -288,34 +327,42 @@ def bench(
                 },
             }
         )
-    if device.type == "cuda":
-        peaks = {}
-        for name, call in calls.items():
-            variant = sets.variant(name, call, "both")
-            state = variant.prepare(0)
-            try:
-                peaks[name] = peak_memory(lambda run=variant.run, state=state: run(state))
-            except Exception as error:
-                peaks[name] = f"{type(error).__name__}: {error}"[:200]
-        lines[-1]["peak_bytes"] = peaks
+        if device.type == "cuda" and direction != "backward" and shape[0] * shape[1] <= SMALL:
+            compiled_ones = [name for name in calls if name in report.COMPILED]
+            lines[-1]["host"] = {
+                name: sets.host_time(name, calls[name], direction).to_dict()
+                for name in ("ours", "eager", *compiled_ones)
+                if isinstance(timings[name], Timing)
+            }
+    peaks: dict[str, int | str] = {}
+    for name, call in calls.items():
+        variant = sets.variant(name, call, "both")
+        state = variant.prepare(0)
+        try:
+            peaks[name] = peak_memory(lambda run=variant.run, state=state: run(state), device)
+        except Exception as error:
+            peaks[name] = f"{type(error).__name__}: {error}"[:200]
+    if "both" in directions:
+        lines[directions.index("both")]["peak_bytes"] = peaks
     return lines
 
 
-def host_times(device: torch.device) -> list[dict[str, Any]]:
-    """Host microseconds per call at the sizes of a VAE: ours, eager, and one native operator."""
+def host_times(ops: Sequence[Operator], device: torch.device) -> list[dict[str, Any]]:
+    """Host microseconds per call: ours, eager, and one native operator. On a GPU at the sizes of a VAE, the
+    device's work left queued; on a CPU of one element, where next to nothing is left to compute."""
     lines = []
-    for op in operators():
-        shape = (128, 784) if op.shapes is DATA_SHAPES else (128, 20)
+    cuda = device.type == "cuda"
+    for op in ops:
+        shape = (1, 1) if not cuda else (128, 784) if op.shapes is DATA_SHAPES else (128, 20)
         sets = Sets(op, shape, torch.float32, device)
         for direction in ("forward", "both"):
             line: dict[str, Any] = {"operator": op.name, "shape": shape, "direction": direction}
             for name, call in {"ours": op.ours, "eager": op.eager}.items():
-                variant = sets.variant(name, call, direction)
-                state = variant.prepare(0)
-                line[name] = host_time(lambda run=variant.run, state=state: run(state), device).to_dict()
+                line[name] = sets.host_time(name, call, direction).to_dict()
             lines.append(line)
-    a, b = (torch.randn(128, 784, device=device, requires_grad=True) for _ in range(2))
-    upstream = torch.randn(128, 784, device=device)
+    shape = (128, 784) if cuda else (1, 1)
+    a, b = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(shape, device=device)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -326,164 +373,88 @@ def host_times(device: torch.device) -> list[dict[str, Any]]:
 
     for direction, call in {"forward": forward, "both": both}.items():
         native = host_time(call, device).to_dict()
-        lines.append({"operator": "torch.mul", "shape": (128, 784), "direction": direction, "native": native})
+        lines.append({"operator": "torch.mul", "shape": shape, "direction": direction, "native": native})
     return lines
 
 
-def time_of(line: dict[str, Any], variant: str) -> float | None:
-    value = line["variants"].get(variant, {}).get("median")
-    return None if value is None else float(value)
+def function_of(op: Operator) -> str:
+    """The public function: an operator may be here twice, "gaussian_log_likelihood, one variance"."""
+    return op.name.split(",")[0]
 
 
-def _ratio(a: float | None, b: float | None) -> str:
-    return "-" if a is None or b is None else f"{a / b:.2f}"
+def functions() -> list[str]:
+    return list(dict.fromkeys(function_of(op) for op in operators()))
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def run(
+    device: torch.device,
+    *,
+    quick: bool,
+    seconds: float | None = None,
+    budget: float = 3600,
+    only: Sequence[str] = (),
+    compile: bool = True,
+    command: str = "",
+) -> dict[str, Any]:
+    """Measures the operators, or only these functions, and their accuracy.
 
+    Args:
+        quick: the shapes that matter most.
+        seconds: per line of the table.
+        budget: seconds after which no new line is begun; nothing new is compiled after 60 % of it.
 
-def _print_rows(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
-    return "\n".join(lines)
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as text: microseconds (medians), and ratios of medians."""
-    header = ["operator", "shape", "dtype", "direction", "ours", "eager", "compile", "copy"]
-    header += ["eager/ours", "compile/ours", "copy/ours", "GB/s", "peak MB", "eager MB"]
-    rows, rivals = [header], [["operator", "shape", "dtype", "direction", "rival", "us", "rival/ours"]]
-    for line in result["operators"]:
-        ours, eager, compile, copy = (time_of(line, name) for name in ("ours", "eager", "compile", "copy"))
-        peaks = line.get("peak_bytes", {})
-        key = [line["operator"], f"{line['rows']}x{line['cols']}", line["dtype"], line["direction"]]
-        rows.append(
-            key
-            + [_number(value) for value in (ours, eager, compile, copy)]
-            + [_ratio(eager, ours), _ratio(compile, ours), _ratio(copy, ours)]
-            + ["-" if not ours else f"{line['bytes'] / ours / 1e3:.0f}"]
-            + [
-                f"{p / 2**20:.1f}" if isinstance(p := peaks.get(name), int) else "-"
-                for name in ("ours", "eager")
-            ]
-        )
-        for name in line["variants"]:
-            if name not in ("ours", "eager", "compile", "copy"):
-                rivals.append([*key, name, _number(time_of(line, name)), _ratio(time_of(line, name), ours)])
-    parts = [_print_rows(rows)]
-    if len(rivals) > 1:
-        parts.append(_print_rows(rivals))
-    if result.get("host"):
-        header = ["host us per call", "shape", "direction", "ours", "eager", "native"]
-        host = [header]
-        for line in result["host"]:
-            shape = "{}x{}".format(*line["shape"])
-            cells = [_number(line.get(name, {}).get("median")) for name in ("ours", "eager", "native")]
-            host.append([line["operator"], shape, line["direction"], *cells])
-        parts.append(_print_rows(host))
-    errors = {
-        f"{line['operator']} {line['rows']}x{line['cols']} {line['dtype']} {line['direction']} {name}: "
-        + v["error"]
-        for line in result["operators"]
-        for name, v in line["variants"].items()
-        if "error" in v
-    }
-    parts += sorted(errors) + [f"not measured: {what}" for what in result.get("skipped", [])]
-    return "\n\n".join(parts) + "\n"
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Copy time over time at the largest shapes: 1 is the speed of memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    sizes = {line["operator"]: 0 for line in result["operators"]}
-    for line in result["operators"]:
-        sizes[line["operator"]] = max(sizes[line["operator"]], line["rows"] * line["cols"])
-    lines = [line for line in result["operators"] if line["rows"] * line["cols"] == sizes[line["operator"]]]
-    names = ["ours", "compile", "eager"]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.34 * len(lines)), layout="constrained")
-    names = [name for name in names if any(time_of(line, name) for line in lines)]
-    for offset, name in enumerate(names):
-        values = []
-        for line in lines:
-            own, copy = time_of(line, name), time_of(line, "copy")
-            values.append(copy / own if own and copy else 0.0)
-        positions = [i + 0.27 * (offset - 1) for i in range(len(lines))]
-        axes.barh(positions, values, height=0.25, label=name)
-    labels = [f"{x['operator']} {x['rows']}x{x['cols']} {x['dtype']} {x['direction']}" for x in lines]
-    axes.set_yticks(range(len(lines)), labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("time of a copy of the fewest bytes / time")
-    axes.set_title(result["machine"], fontsize=9)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        model = next(
-            line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(arguments.device)
-    if device.type == "cpu":
-        torch.set_num_threads(arguments.threads)
+    Returns:
+        What report.py makes tables and pages of, ready for JSON.
+    """
+    if seconds is None:
+        seconds = 0.06 if device.type == "cuda" else 0.3 if quick else 1.0
     torch.manual_seed(0)
     start = time.perf_counter()
-    wanted = [op for op in operators() if not arguments.operators or op.name in arguments.operators]
-    dtypes = [torch.float32, torch.bfloat16]
-    if arguments.quick and device.type == "cpu":
-        dtypes = dtypes[:1]
+    wanted = [op for op in operators() if not only or function_of(op) in only]
     result: dict[str, Any] = {
-        "machine": machine(device),
-        "torch": torch.__version__,
-        "command": " ".join(["python -m bench.operators", *sys.argv[1:]]),
+        **machine.describe(command),
+        "machine": machine.name(device),
+        "device": str(device),
         "operators": [],
         "skipped": [],
     }
+
+    def say(what: str) -> None:
+        print(f"{time.perf_counter() - start:6.1f} s  {what}", file=sys.stderr, flush=True)
+
+    result["accuracy"] = accuracy.run(device, only=only)
+    say("accuracy")
+    result["host"] = host_times(wanted, device)
+    say("host times")
     if device.type == "cuda":
-        result["host"] = host_times(device)
+        result["kernels"] = resources.to_dicts(resources.of_extension(device))
     # In the order of importance: a shape of every operator, then the next; float32 first.
     jobs = [
         (op, op.shapes[i], dtype)
         for i in range(max(len(op.shapes) for op in wanted))
-        for dtype in dtypes
+        for dtype in (DTYPES[:1] if quick and device.type == "cpu" else DTYPES)
         for op in wanted
-        if i < len(op.shapes) and (not arguments.quick or op.shapes[i] in QUICK[device.type])
+        if i < len(op.shapes) and (not quick or op.shapes[i] in QUICK[device.type])
     ]
     for op, shape, dtype in jobs:
-        label = f"{op.name} {shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
+        what = label(op, shape, dtype)
         used = time.perf_counter() - start
-        if used > arguments.budget:
-            result["skipped"].append(label)
+        if used > budget:
+            result["skipped"].append(f"{what}: no time left")
             continue
-        # Compiling takes most of the time: given up first.
-        compile = arguments.compile and shape in COMPILED and used < 0.7 * arguments.budget
+        if why_not := refusal(op, shape, dtype, device):
+            result["skipped"].append(f"{what}: {why_not}")
+            continue
+        # Compiling takes most of the time: given up first, and done for one shape only by a CPU in haste.
+        worth_it = used < 0.6 * budget and (not quick or device.type == "cuda" or shape == op.shapes[0])
         try:
-            result["operators"] += bench(op, shape, dtype, device, seconds=arguments.seconds, compile=compile)
+            lines = bench(op, shape, dtype, device, seconds=seconds, compile=compile and worth_it)
+            result["operators"] += lines
         except Exception as error:  # out of memory, say: the rest can still be measured
-            result["skipped"].append(f"{label} ({type(error).__name__}: {error})"[:300])
+            result["skipped"].append(f"{what}: {type(error).__name__}: {error}"[:300])
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        print(f"{time.perf_counter() - start:6.1f} s  {label}", file=sys.stderr, flush=True)
+        say(what)
     return result
 
 
@@ -496,23 +467,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
     parser.add_argument("--seconds", type=float, default=None, help="per line of the table")
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no new line is begun")
-    parser.add_argument("--operators", nargs="*", help="only these")
+    parser.add_argument("--operators", nargs="*", choices=functions(), default=[], help="only these")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument(
-        "--out", type=Path, help="a folder for operators.json, operators.txt and operators.png"
-    )
+    parser.add_argument("--out", type=Path, help="a folder for operators.json, .txt, .png and .html")
     arguments = parser.parse_args(argv)
-    if arguments.seconds is None:
-        arguments.seconds = 0.06 if arguments.device.startswith("cuda") else 1.0
-    result = run(arguments)
-    text = table(result)
-    print(text)
+    device = torch.device(arguments.device)
+    if device.type == "cpu":
+        torch.set_num_threads(arguments.threads)
+    result = run(
+        device,
+        quick=arguments.quick,
+        seconds=arguments.seconds,
+        budget=arguments.budget,
+        only=arguments.operators,
+        compile=arguments.compile,
+        command=" ".join(["python -m bench.operators", *(sys.argv[1:] if argv is None else argv)]),
+    )
+    print(report.text(result))
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "operators.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (arguments.out / "operators.txt").write_text(text, encoding="utf-8")
-        if result["operators"]:
-            plot(result, arguments.out / "operators.png")
+        report.write(result, arguments.out)
 
 
 if __name__ == "__main__":

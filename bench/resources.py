@@ -1,11 +1,14 @@
-"""What the compiler says of every CUDA kernel: registers, stack frame, spills, shared memory.
+"""What the compiler says of every CUDA kernel: registers, stack frame, spills.
 
 python -m bench.resources [--arch 90a]     compiles csrc/cuda with nvcc; needs no GPU
+
+Of an installed extension cuobjdump says the same, less the spills, which show as a stack frame.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -15,8 +18,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from .machine import ROOT
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,12 @@ class Kernel:
     name: str
     registers: int
     stack: int
-    spill_stores: int
-    spill_loads: int
+    spill_stores: int | None = None  # bytes; None where they were not asked for
+    spill_loads: int | None = None
+
+    @property
+    def spilled(self) -> int | None:
+        return None if self.spill_stores is None else self.spill_stores + (self.spill_loads or 0)
 
 
 def find_nvcc() -> str | None:
@@ -65,9 +73,7 @@ def parse(source: str, report: str) -> list[Kernel]:
     kernels, name, frame = [], "", (0, 0, 0)
     for line in _demangled(report).splitlines():
         if match := re.search(r"Compiling entry function '(.*)' for", line):
-            operator = re.search(r"rows_kernel<(.*?) ?>\(", match[1])
-            name = operator[1] if operator else match[1]
-            name = re.sub(r"vae_fast::cuda::|\(anonymous namespace\)::", "", name)
+            name = _short(match[1])
         elif match := re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", line
         ):
@@ -75,6 +81,60 @@ def parse(source: str, report: str) -> list[Kernel]:
         elif match := re.search(r"Used (\d+) registers", line):
             kernels.append(Kernel(source, name, int(match[1]), *frame))
     return kernels
+
+
+def of_extension(device: Any) -> list[Kernel]:
+    """The kernels of vae_fast._C for this GPU, from cuobjdump; none where there is no such tool."""
+    import torch
+
+    from vae_fast import _C
+
+    tool = find_cuobjdump()
+    if tool is None:
+        return []
+    done = subprocess.run(
+        [tool, "--dump-resource-usage", _C.__file__],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    major, minor = torch.cuda.get_device_capability(device)
+    return parse_usage(done.stdout, f"{major}{minor}")
+
+
+def find_cuobjdump() -> str | None:
+    """Of the toolkit, or the one that comes with triton."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    folders = [f"{home}/bin"]
+    if triton := importlib.util.find_spec("triton"):
+        folders += [
+            str(Path(folder) / "backends/nvidia/bin") for folder in triton.submodule_search_locations or ()
+        ]
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+def parse_usage(usage: str, capability: str) -> list[Kernel]:
+    """The kernels for sm_<capability>, with or without a letter after it, in cuobjdump's report."""
+    found: list[tuple[str, int, int]] = []
+    right_arch, function = False, ""
+    for line in usage.splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            right_arch = match[1] == capability
+        elif match := re.search(r"Function (\S+):", line):
+            function = match[1]
+        elif right_arch and (match := re.search(r"REG:(\d+) STACK:(\d+)", line)):
+            found.append((function, int(match[1]), int(match[2])))
+    kernels = []
+    names = _demangled("\n".join(function for function, _, _ in found)).splitlines()
+    for (function, registers, stack), name in zip(found, names, strict=True):
+        file = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_[0-9a-f]+", function)
+        kernels.append(Kernel(f"{file[1]}.cu" if file else "?", _short(name), registers, stack))
+    return kernels
+
+
+def _short(function: str) -> str:
+    operator = re.search(r"rows_kernel<(.*?) ?>\(", function)
+    return re.sub(r"vae_fast::cuda::|\(anonymous namespace\)::", "", operator[1] if operator else function)
 
 
 def _demangled(text: str) -> str:
@@ -90,14 +150,19 @@ def table(kernels: Sequence[Kernel]) -> str:
         registers = sorted(kernel.registers for kernel in own)
         spread = f"{registers[0]}, {registers[len(own) // 2]}, {registers[-1]}"
         stack = max(kernel.stack for kernel in own)
-        spilled = max(kernel.spill_stores + kernel.spill_loads for kernel in own)
+        known = [kernel.spilled for kernel in own if kernel.spilled is not None]
+        spilled = str(max(known)) if known else "-"
         lines.append(f"{source:<20} {len(own):>7}  {spread:>33}  {stack:>14}  {spilled:>13}")
-    lines += [f"spills: {k.source} {k.name}" for k in kernels if k.spill_stores + k.spill_loads]
+    lines += [f"spills: {k.source} {k.name}" for k in kernels if k.spilled]
     return "\n".join(lines) + "\n"
 
 
-def to_dicts(kernels: Sequence[Kernel]) -> list[dict[str, object]]:
+def to_dicts(kernels: Sequence[Kernel]) -> list[dict[str, Any]]:
     return [asdict(kernel) for kernel in kernels]
+
+
+def from_dicts(kernels: Sequence[dict[str, Any]]) -> list[Kernel]:
+    return [Kernel(**kernel) for kernel in kernels]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

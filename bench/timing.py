@@ -7,11 +7,13 @@ runs themselves are queued behind a backlog.
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import itertools
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -208,9 +210,11 @@ def host_time(call: Callable[[], object], device: torch.device) -> Timing:
     return summarise(samples, "host")
 
 
-def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes that a call takes on the GPU at most, beyond what was there before."""
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of torch's allocators that a call takes at most, its result among them."""
     call()
+    if device.type != "cuda":
+        return _peak_memory_cpu(call)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -221,17 +225,29 @@ def peak_memory(call: Callable[[], object]) -> int:
     return peak
 
 
-def peak_host_memory(call: Callable[[], object]) -> int:
-    """Bytes that a call takes of the host at most, beyond what was there before, by torch's own account; its
-    result is part of them."""
-    call()
-    gc.collect()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+def _peak_memory_cpu(call: Callable[[], object]) -> int:
+    with (
+        _quiet_stderr(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
         kept = call()
     del kept
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(0, *itertools.accumulate(event.nbytes() for event in events))
+    events = profile.profiler.kineto_results.events()
+    taken = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate((e.nbytes() for e in taken), initial=0))
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler reports its starts and stops there, from C++."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from bench.operators import machine
-from bench.timing import summarise
+from . import machine
+from .timing import summarise
 
 ENGINES = ("modules", "reference")
 
@@ -50,7 +50,7 @@ def run(device: torch.device, steps: int, batch_sizes: Sequence[int]) -> dict[st
                 samples[engine] += step_times(engine, batch_size, device, steps, blocks=4)
         engines = {name: summarise(values, "clock").to_dict() for name, values in samples.items()}
         lines.append({"batch_size": batch_size, "steps_per_block": steps, "engines": engines})
-    return {"machine": machine(device), "torch": torch.__version__, "steps": lines}
+    return {"machine": machine.name(device), "torch": torch.__version__, "steps": lines}
 
 
 def table(result: dict[str, Any]) -> str:

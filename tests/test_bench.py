@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,8 +14,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # at the end: the installed vae_fast stays first
 
-from bench import every_operator, gpu, linear_bernoulli, operators, resources, timing
+import vae_fast
+from bench import accuracy, every_operator, gpu, linear_bernoulli, machine, operators, report, resources, timing
 
+ROOT = machine.ROOT
 CPU = torch.device("cpu")
 
 
@@ -44,13 +49,81 @@ def test_our_variant_and_the_eager_one_compute_the_same() -> None:
 
 
 def test_the_command_writes_numbers_a_table_and_a_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(accuracy, "DTYPES", [torch.bfloat16])
     arguments = ["--device", "cpu", "--quick", "--no-compile", "--seconds", "0", "--operators", "gaussian_kl"]
     threads = torch.get_num_threads()
     operators.main([*arguments, "--threads", str(threads), "--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {"operators.json", "operators.txt", "operators.png"}
+    files = {f"operators.{suffix}" for suffix in ("json", "txt", "png", "html")}
+    assert {path.name for path in tmp_path.iterdir()} == files
     assert "eager/ours" in capsys.readouterr().out
+    result = json.loads((tmp_path / "operators.json").read_text(encoding="utf-8"))
+    assert {"machine", "commit", "versions", "command", "operators", "host", "accuracy"} <= result.keys()
+    assert {line["operator"] for line in result["operators"]} == {"gaussian_kl"}
+
+
+def test_peak_memory_counts_what_is_freed_again() -> None:
+    x = torch.zeros(2**18)
+    mebibyte = 4 * x.numel()
+    few = 1024  # scalars
+    assert 2 * mebibyte <= timing.peak_memory(lambda: x.exp().add(1).mul(2), CPU) < 2 * mebibyte + few
+    assert timing.peak_memory(lambda: x.zero_(), CPU) < few
+
+
+def test_a_shape_that_does_not_fit_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(accuracy, "DTYPES", [])
+    result = operators.run(CPU, quick=True, seconds=0, only=["gaussian_kl"], compile=False)
+    assert {line["rows"] for line in result["operators"]} == {128}
+    (left_out,) = result["skipped"]
+    assert left_out.startswith("gaussian_kl 4096x128 float32: needs ") and "GiB" in left_out
+
+
+def line(**microseconds: float) -> dict[str, object]:
+    """A line of a result, with medians by the name of the variant."""
+    variants = {name.replace("_", " "): {"median": value} for name, value in microseconds.items()}
+    key = {"operator": "gaussian_kl", "rows": 8, "cols": 4, "dtype": "float32", "direction": "both"}
+    return {**key, "bytes": 512, "variants": variants}
+
+
+def test_where_we_lose_lists_every_faster_rival_but_not_the_copy() -> None:
+    won, lost = line(ours=2, eager=3, copy=1), line(ours=4, eager=2, compile=3, sigmoid=5, copy=1)
+    found = report.losses({"operators": [won, lost]})
+    assert found == [(lost, "eager", 2.0), (lost, "compile", 4 / 3)]
+
+
+def test_the_page_says_where_we_lose_and_draws_a_bar_for_each_ratio_to_the_copy() -> None:
+    facts = {"machine": "a <machine>", "device": "cpu", "date": "today"}
+    result = {**facts, "operators": [line(ours=4, eager=2, compile=12, copy=1)]}
+    html = report.page(result)
+    assert "<td>2.00</td>" in html and "1 of 2 comparisons" in html
+    assert "a &lt;machine&gt;" in html and "a <machine>" not in html
+    (axes,) = report.figure({"gaussian_kl": result["operators"]}).axes
+    ends = {round(bar.get_x() + bar.get_width(), 6) for bar in axes.patches}
+    assert ends == {4, 2, 12} and all(bar.get_x() == 1 for bar in axes.patches)
+
+
+def test_each_operator_has_its_pytest_benchmark_and_groups_it_with_the_copy(tmp_path: Path) -> None:
+    modules = {path.stem.removeprefix("test_") for path in (ROOT / "bench").glob("test_*.py")}
+    assert modules == set(operators.functions())
+    chosen = ["-k", "128x20 and not 128x2048 and float32 and forward and cpu and not compile"]
+    written = tmp_path / "benchmarks.json"
+    options = ["-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={written}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench/test_reparameterize.py", *chosen, *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(Path(vae_fast.__file__).parent.parent)},  # that which is tested
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    benchmarks = json.loads(written.read_text(encoding="utf-8"))["benchmarks"]
+    assert {entry["group"] for entry in benchmarks} == {"reparameterize 128x20 float32 forward cpu"}
+    names = [entry["name"].rstrip("]").split()[-1] for entry in benchmarks]
+    assert names == ["ours", "eager", "copy"]
+    assert all(entry["extra_info"]["bytes"] == 3 * 4 * 128 * 20 for entry in benchmarks)
+    assert all(entry["extra_info"]["GB/s"] > 0 for entry in benchmarks)
 
 
 def test_a_variant_that_fails_has_its_error_in_place_of_a_timing() -> None:
@@ -111,6 +184,21 @@ ptxas info    : Used 64 registers, used 1 barriers, 128 bytes smem
     kernels = resources.parse("a.cu", report)
     assert kernels == [resources.Kernel("a.cu", "kernel_a", 64, 40, 8, 12)]
     assert "spills: a.cu kernel_a" in resources.table(kernels)
+    assert resources.from_dicts(json.loads(json.dumps(resources.to_dicts(kernels)))) == kernels
+
+
+def test_the_report_of_an_installed_extension_is_read_for_this_gpu_only() -> None:
+    usage = """\
+arch = sm_80
+ Function _ZN60_GLOBAL__N__0a1b2c3d_14_gaussian_kl_cu_0a1b2c3d4kernelEv:
+  REG:99 STACK:8 SHARED:0 LOCAL:0
+arch = sm_90a
+ Function _ZN60_GLOBAL__N__0a1b2c3d_14_gaussian_kl_cu_0a1b2c3d4kernelEv:
+  REG:40 STACK:16 SHARED:64 LOCAL:0
+"""
+    (kernel,) = resources.parse_usage(usage, "90")
+    assert (kernel.source, kernel.registers, kernel.stack) == ("gaussian_kl.cu", 40, 16)
+    assert kernel.spilled is None and "-" in resources.table([kernel])
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import signal
@@ -270,7 +271,7 @@ class TestWrongCommands:
             result = vae_fast("train", digits, *SMALL, "--out", out)
             assert result.code == 2 and f"--out: found {out}" in result.err and result.err.count("\n") == 1
 
-    @pytest.mark.parametrize("command", ["train", "evaluate", "sample", "encode", "doctor"])
+    @pytest.mark.parametrize("command", ["train", "evaluate", "sample", "encode", "bench", "doctor"])
     def test_every_command_has_help_with_an_example(self, vae_fast, command: str) -> None:
         result = vae_fast(command, "--help")
         assert result.code == 0 and f"Example: vae-fast {command}" in result.out
@@ -477,6 +478,27 @@ class TestDoctor:
         assert result.code == 1
         assert re.search(r"^FAIL +MNIST +OSError: the disk is gone$", result.out, re.MULTILINE)
         assert re.search(r"^ok +click", result.out, re.MULTILINE)
+
+
+class TestBench:
+    def test_it_prints_the_table_and_writes_page_picture_and_numbers(
+        self, vae_fast, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(cli._bench_module("accuracy"), "DTYPES", [torch.bfloat16])
+        options = ["--operators", "gaussian_kl", "--device", "cpu", "--seconds", 0, "--no-compile"]
+        result = vae_fast("bench", *options, "--out", "results")
+        assert result.code == 0 and result.out.endswith("report: results/operators.html\n")
+        assert re.search(r"^gaussian_kl +128x20 +float32 +backward +\d", result.out, re.MULTILINE)
+        files = [f"operators.{suffix}" for suffix in ("html", "json", "png", "txt")]
+        assert sorted(os.listdir("results")) == files
+        numbers = json.loads(Path("results/operators.json").read_text(encoding="utf-8"))
+        words = "--device cpu --operators gaussian_kl --seconds 0.0 --no-compile"
+        assert numbers["command"] == f"vae-fast bench {words}"
+
+    def test_an_unknown_operator_is_refused_with_those_there_are(self, vae_fast) -> None:
+        result = vae_fast("bench", "--operators", "gaussian_kl,elbow")
+        assert result.code == 2 and os.listdir() == []
+        assert "--operators: found elbow; wanted some of bernoulli_log_likelihood," in result.err
 
 
 class TestWhatGoesWrongOnTheWay:

@@ -119,6 +119,10 @@ class TestWheel:
         modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vae_fast").rglob("*.py")}
         assert modules | {"vae_fast/_build_config.py"} <= wheel
 
+    def test_holds_the_benchmarks_of_the_command_line(self, wheel):
+        modules = {f"vae_fast/_bench/{path.name}" for path in (ROOT / "bench").glob("*.py")}
+        assert modules <= wheel
+
     def test_holds_nothing_but_the_package(self, wheel, distribution):
         own = ("vae_fast/", f"vae_fast-{distribution.version}.dist-info/")
         assert {file for file in wheel if not file.startswith(own)} <= {"../../../bin/vae-fast"}

@@ -1,4 +1,4 @@
-"""The command line: ``vae-fast train | evaluate | sample | encode | doctor``.
+"""The command line: ``vae-fast train | evaluate | sample | encode | bench | doctor``.
 
 Exit codes: 0 for success; 1 where something went wrong on the way; 2 for data or a command that cannot be
 used, said in one sentence on stderr, with nothing written; 130 after Ctrl-C, with the state saved and the
@@ -10,6 +10,8 @@ torch is imported by the commands, not by this module, so that ``--help`` does n
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -20,6 +22,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -509,6 +512,9 @@ def _given(ctx: click.Context, *, without: Sequence[str]) -> list[str]:
         if name in without or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         value = ctx.params[name]
+        if isinstance(parameter, click.Option) and parameter.is_flag:
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+            continue
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         words += [text] if isinstance(parameter, click.Argument) else [parameter.opts[0], text]
     return words
@@ -718,6 +724,72 @@ def _absolute(data: str) -> str:
 
 def _shown(data: str) -> str:
     return "MNIST" if data == "mnist" else os.path.basename(data)
+
+
+# ---- bench -------------------------------------------------------------------------------------------------
+
+
+@main.command(short_help="Measure the operators on this machine, against PyTorch.")
+@click.option("--quick/--full", default=True, help="Few shapes, about two minutes; or all, up to an hour.")
+@click.option("--device", default="auto", help="cpu, cuda or cuda:1. auto: a GPU where there is one.")
+@click.option(
+    "--operators", metavar="NAMES", default="", help="Only these, such as gaussian_kl,reparameterize."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0), help="Per line of the table. Default: as the device needs."
+)
+@click.option("--compile/--no-compile", default=True, help="Against torch.compile too, which takes its time.")
+@click.option("--out", metavar="DIR", default="vae-fast-bench", help="Folder of the results.")
+def bench(quick: bool, device: str, operators: str, seconds: float | None, compile: bool, out: str) -> None:
+    """Measure the operators on this machine: speed, memory and accuracy, forward and backward.
+
+    Beside ours stand eager PyTorch, torch.compile and a copy of the same bytes, timed in turns. Prints the
+    tables, the lines where we lose among them, and writes operators.html, .json, .txt and .png.
+
+    \b
+    Example: vae-fast bench --operators gaussian_kl
+    """
+    import torch
+
+    module = _bench_module("operators")
+    only = [name for name in operators.split(",") if name]
+    if unknown := set(only) - set(module.functions()):
+        raise click.UsageError(
+            f"--operators: found {', '.join(sorted(unknown))}; wanted some of {','.join(module.functions())}"
+        )
+    where = torch.device(_device(device))
+    with _writing(out):
+        Path(out).mkdir(parents=True, exist_ok=True)
+    result = module.run(
+        where,
+        quick=quick,
+        seconds=seconds,
+        budget=100 if quick else 3600,
+        only=only,
+        compile=compile,
+        command=shlex.join(["vae-fast", "bench", *_given(click.get_current_context(), without=("out",))]),
+    )
+    report = _bench_module("report")
+    click.echo(report.text(result))
+    with _writing(out):
+        report.write(result, Path(out))
+    click.echo(f"report: {Path(out) / 'operators.html'}")
+
+
+def _bench_module(name: str) -> ModuleType:
+    """A module of the folder bench/, which a wheel holds as vae_fast._bench."""
+    package = f"{__package__}._bench"
+    folder = Path(__file__).resolve().parent.parent / "bench"
+    if importlib.util.find_spec(package) is None and package not in sys.modules:  # built in place
+        spec = importlib.util.spec_from_file_location(
+            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        if spec is None or spec.loader is None or not folder.is_dir():
+            raise ImportError(f"the benchmarks are missing: found neither {package} nor {folder}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[package] = module
+        spec.loader.exec_module(module)
+    return importlib.import_module(f"{package}.{name}")
 
 
 # ---- doctor ------------------------------------------------------------------------------------------------

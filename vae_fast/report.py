@@ -132,11 +132,16 @@ def _page(
     paper_title = "<cite>Auto-Encoding Variational Bayes</cite>"
     footer = f"<footer>Written {written}. Kingma &amp; Welling, {paper_title}, arXiv:1312.6114.</footer>"
     body = "\n".join([headline, *filter(None, sections), footer])
-    title = escape(f"VAE on {name}")
+    return document(f"VAE on {name}", body)
+
+
+def document(title: str, body: str) -> str:
+    """A whole HTML page, with the style that all reports share; title is text, body is HTML."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
