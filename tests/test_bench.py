@@ -15,7 +15,17 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # at the end: the installed vae_fast stays first
 
 import vae_fast
-from bench import accuracy, every_operator, gpu, linear_bernoulli, machine, operators, report, resources, timing
+from bench import (
+    accuracy,
+    every_operator,
+    gpu,
+    linear_bernoulli,
+    machine,
+    operators,
+    report,
+    resources,
+    timing,
+)
 
 ROOT = machine.ROOT
 CPU = torch.device("cpu")

@@ -64,6 +64,7 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
       r = fma(n, constant<V>(-0.693359375), a);  // ln 2 in two parts: the product with the first is exact
       r = fma(n, constant<V>(2.12194440e-4), r);
     }
+    VAE_FAST_INLINE V expm1() const { return fma(exp_from_second_order(r), r * r, r); }
   };
 
   // These keep NaN, as the instructions do for their second operand: it then passes through the polynomial whatever
@@ -87,18 +88,25 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
     a = at_most(at_least(a, -104.0f), 89.0f);
     Reduced x(a, a < V{} ? constant<V>(64.0) : constant<V>(-64.0));
     V scale = a < V{} ? constant<V>(0x1p-64) : constant<V>(0x1p64);
-    return fma(expm1_reduced(x.r), scale, scale) * x.power;
+    return fma(x.expm1(), scale, scale) * x.power;
   }
   static VAE_FAST_INLINE V exp_nonpositive(V a) {
     Reduced x(at_least(a, -104.0f), constant<V>(64.0));
     V scale = constant<V>(0x1p-64);
-    return fma(expm1_reduced(x.r), scale, scale) * x.power;
+    return fma(x.expm1(), scale, scale) * x.power;
   }
-  // 2 (p 2^(n - 1) + (2^(n - 1) - 1/2)): 2^n itself overflows at n = 128
+  // With p = exp(r) - 1, 2 (p 2^(n - 1) + (2^(n - 1) - 1/2)): 2^n itself overflows at n = 128.
   static VAE_FAST_INLINE V expm1(V a) {
     Reduced x(at_most(at_least(a, -30.0f), 89.0f), constant<V>(-1.0));
-    V half = fma(expm1_reduced(x.r), x.power, x.power - 0.5f);
+    V half = fma(x.expm1(), x.power, x.power - 0.5f);
     return half + half;
+  }
+  // exp(a) - 1 - a, which near 0 is what the subtraction would lose
+  static VAE_FAST_INLINE V expm1_minus_identity(V a) {
+    Reduced x(at_most(at_least(a, -30.0f), 89.0f), constant<V>(-1.0));
+    V second_order = exp_from_second_order(x.r) * (x.r * x.r);
+    V half = fma(second_order + x.r, x.power, x.power - 0.5f);
+    return x.power == constant<V>(0.5) ? second_order : half + half - a;  // power is 1/2 where n is 0, and r is a
   }
   static VAE_FAST_INLINE V log1p_unit(V t) { return vae_fast::log1p_unit(t); }
   // 1 + t = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)): f = (t + 1 - 2^n) / 2^n keeps what a rounded 1 + t has lost

@@ -7,10 +7,10 @@
 namespace vae_fast {
 
 // KL(N(mu, exp(logvar)) || N(0, 1)) = -1/2 (1 + logvar - mu^2 - exp(logvar)) = 1/2 (mu^2 + expm1(logvar) - logvar);
-// expm1 keeps the digits that cancel where the posterior is close to the prior.
+// kept in one piece, expm1(logvar) - logvar loses no digits where the posterior is close to the prior.
 template <class V>
 VAE_FAST_INLINE V gaussian_kl(V mu, V logvar) {
-  return constant<V>(0.5) * Math<V>::fma(mu, mu, Math<V>::expm1(logvar) - logvar);
+  return constant<V>(0.5) * Math<V>::fma(mu, mu, Math<V>::expm1_minus_identity(logvar));
 }
 
 // d KL / d mu = mu, d2 KL / d mu2 = 1
