@@ -6,7 +6,7 @@ Drop-in functions and modules for any PyTorch model, and a complete trainer of t
 
 from __future__ import annotations
 
-from . import checkpoint, datasets, evaluation, presets, reference
+from . import checkpoint, datasets, distributions, evaluation, presets, reference
 from ._extension import build_info
 from .functional import (
     ELBO,
@@ -39,6 +39,7 @@ __all__ = [
     "build_info",
     "checkpoint",
     "datasets",
+    "distributions",
     "elbo",
     "evaluation",
     "gaussian_kl",

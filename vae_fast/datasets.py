@@ -91,7 +91,7 @@ def frey_face(path: _FilePath) -> Tensor:
 
 
 def frey(path: _FilePath) -> tuple[Tensor, Tensor]:
-    """Frey Face as the paper takes it, frames shuffled: `(train, test)`, uint8 `[1600, 560]` and `[365, 560]`.
+    """Frey Face as the paper takes it: `(train, test)`, uint8 `[1600, 560]` and `[365, 560]`, shuffled.
 
     Neighbours of the film are alike, so nearly every test frame has one in the training data. The order is
     that of :func:`split` with seed 0: the same everywhere, but not the paper's, which is not known.

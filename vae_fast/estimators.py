@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .distributions import posterior_of
+
 RUNNING_DECAY = 0.9  # of the running baseline, per step: it looks back over about ten minibatches
 
 _MASK64 = 2**64 - 1
@@ -71,11 +73,6 @@ def log_likelihood(model: Any, decoded: Tensor | tuple[Tensor, Tensor], x: Tenso
     return result
 
 
-def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """log N(z; mu, diag(exp(logvar))), summed over the last dimension."""
-    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 * (-logvar).exp()).sum(dim=-1)
-
-
 def log_prior(z: Tensor) -> Tensor:
     """log p(z) = log N(z; 0, I), summed over the last dimension."""
     return -0.5 * (math.log(2 * math.pi) + z**2).sum(dim=-1)
@@ -84,9 +81,16 @@ def log_prior(z: Tensor) -> Tensor:
 def sgvb_b(
     model: Any, x: Tensor, seed: int | Tensor, num_samples: int, beta: float, ops: ModuleType
 ) -> Estimate:
-    """-beta KL(q(z|x) || p(z)) + 1/L sum_l log p(x|z_l), z_l = mu + sigma * eps_l (equations 7 and 10)."""
+    """-beta KL(q(z|x) || p(z)) + 1/L sum_l log p(x|z_l), z_l = g(eps_l) (equations 7 and 10).
+
+    Raises:
+        ValueError: the divergence of the model's posterior has no closed form.
+    """
+    check_estimator("sgvb_b", model)
     mu, logvar = model.encoder(x)
-    z, kl = ops.reparameterize_with_kl(mu, logvar, num_samples=_leading(num_samples), seed=seed)
+    z, kl = posterior_of(model).sample_with_kl(
+        mu, logvar, num_samples=_leading(num_samples), seed=seed, ops=ops
+    )
     likelihood = _average(log_likelihood(model, model.decoder(z), x, ops), num_samples)
     return Estimate(likelihood - beta * kl, likelihood, kl)
 
@@ -94,14 +98,15 @@ def sgvb_b(
 def sgvb_a(
     model: Any, x: Tensor, seed: int | Tensor, num_samples: int, beta: float, ops: ModuleType
 ) -> Estimate:
-    """1/L sum_l [log p(x|z_l) + beta (log p(z_l) - log q(z_l|x))], z_l = mu + sigma * eps_l (equation 6).
+    """1/L sum_l [log p(x|z_l) + beta (log p(z_l) - log q(z_l|x))], z_l = g(eps_l) (equation 6).
 
     ``kl`` is 1/L sum_l [log q(z_l|x) - log p(z_l)]: unbiased, and negative now and then.
     """
+    posterior = posterior_of(model)
     mu, logvar = model.encoder(x)
-    z = ops.reparameterize(mu, logvar, num_samples=_leading(num_samples), seed=seed)
+    z = posterior.sample(mu, logvar, num_samples=_leading(num_samples), seed=seed, ops=ops)
     likelihood = _average(log_likelihood(model, model.decoder(z), x, ops), num_samples)
-    kl = _average(log_normal(z, mu, logvar) - log_prior(z), num_samples)
+    kl = _average(posterior.log_density(z, mu, logvar) - log_prior(z), num_samples)
     return Estimate(likelihood - beta * kl, likelihood, kl)
 
 
@@ -173,10 +178,12 @@ def _score_function(
     baseline: Callable[[Tensor], Tensor | float],
 ) -> Estimate:
     """1/L sum_l [log p(x|z_l) + constant(f_l - baseline(f)_l) log q(z_l|x)]; f is ``[L, B]``, or ``[B]``."""
+    posterior = posterior_of(model)
     mu, logvar = model.encoder(x)
-    z = ops.reparameterize(mu.detach(), logvar.detach(), num_samples=_leading(num_samples), seed=seed)
+    with torch.no_grad():
+        z = posterior.sample(mu, logvar, num_samples=_leading(num_samples), seed=seed, ops=ops)
     likelihood = log_likelihood(model, model.decoder(z), x, ops)
-    log_q = log_normal(z, mu, logvar)
+    log_q = posterior.log_density(z, mu, logvar)
     kl = (log_q - log_prior(z)).detach()
     f = likelihood.detach() - beta * kl
     surrogate = likelihood + (f - baseline(f)) * log_q
@@ -197,6 +204,21 @@ def initial_state(estimator: str, device: torch.device | str = "cpu") -> dict[st
     if estimator == "score_function_running":
         return {"baseline": torch.zeros(2, dtype=torch.float64, device=device)}
     return {}
+
+
+def default_estimator(model: Any) -> str:
+    """SGVB-B, which usually has the lower variance, where the divergence has a closed form; else SGVB-A."""
+    return "sgvb_b" if posterior_of(model).closed_kl else "sgvb_a"
+
+
+def check_estimator(estimator: str, model: Any) -> None:
+    """Refuses an estimator that needs the closed form of a divergence that has none."""
+    posterior = posterior_of(model)
+    if estimator == "sgvb_b" and not posterior.closed_kl:
+        raise ValueError(
+            "estimator: got 'sgvb_b', wanted 'sgvb_a' or a score function: the divergence of a "
+            f"{posterior.name} posterior from the prior has no closed form"
+        )
 
 
 def check_num_samples(estimator: str, num_samples: int) -> None:

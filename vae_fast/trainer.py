@@ -43,7 +43,13 @@ from .engines import (
     restore_random,
     restore_state,
 )
-from .estimators import ESTIMATORS, check_num_samples, initial_state
+from .estimators import (
+    ESTIMATORS,
+    check_estimator,
+    check_num_samples,
+    default_estimator,
+    initial_state,
+)
 from .evaluation import bound
 from .nn import VAE
 from .optim import OptimizerFactory, make_optimizer
@@ -172,7 +178,8 @@ class Trainer:
             ``engine_reason`` say which was taken and why, once ``fit`` has begun.
         estimator: "sgvb_b", "sgvb_a", or the score function without and with a baseline, "score_function",
             "score_function_running", "score_function_leave_one_out" (for num_samples of 2 or more); see
-            :mod:`vae_fast.estimators`.
+            :mod:`vae_fast.estimators`. None: "sgvb_b", or "sgvb_a" for a posterior of your own whose
+            divergence from the prior has no closed form.
         num_samples: L, latent samples per datapoint.
         beta: weight of the KL divergence.
         weight_prior: maximum a posteriori with p(theta) = N(0, I) on the weights (parameters of two or more
@@ -200,7 +207,7 @@ class Trainer:
         batch_size: int = 100,
         seed: int = 0,
         engine: str = "auto",
-        estimator: str = "sgvb_b",
+        estimator: str | None = None,
         num_samples: int = 1,
         beta: float = 1.0,
         weight_prior: bool = False,
@@ -218,6 +225,7 @@ class Trainer:
             raise TypeError(
                 f"model: got {got}, wanted a VAE; VAE(encoder=..., decoder=...) takes any modules"
             )
+        estimator = default_estimator(model) if estimator is None else estimator
         self.settings = Settings(
             name,
             lr,
@@ -231,6 +239,7 @@ class Trainer:
             targets,
             pixel_scale,
         )
+        check_estimator(estimator, model)
         self.device = _device(device, model)
         self.model = model.to(self.device)
         self.optimizer = make_optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], lr)

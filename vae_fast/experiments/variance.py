@@ -242,7 +242,10 @@ class _EncoderGradient:
         """
         mu, logvar = (t.detach().repeat(copies, 1).requires_grad_() for t in self._outputs)
         outputs_as_leaves = SimpleNamespace(
-            encoder=lambda x: (mu, logvar), decoder=self._model.decoder, likelihood=self._model.likelihood
+            encoder=lambda x: (mu, logvar),
+            decoder=self._model.decoder,
+            likelihood=self._model.likelihood,
+            posterior=self._model.posterior,
         )
         x = self._x.repeat(copies, 1)
         estimate = ESTIMATORS[name](outputs_as_leaves, x, seed, num_samples, 1.0, functional, **state)
