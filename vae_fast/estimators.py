@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .distributions import log_normal as log_normal  # of use to algorithms that call no estimator
 from .distributions import posterior_of
 
 RUNNING_DECAY = 0.9  # of the running baseline, per step: it looks back over about ten minibatches
