@@ -22,7 +22,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vae_fast
 from vae_fast import datasets
-from vae_fast.datasets import DataError, binarized_mnist, frey_face, is_stream, load, mnist, prepare, split
+from vae_fast.datasets import (
+    DataError,
+    binarized_mnist,
+    frey,
+    frey_face,
+    is_stream,
+    load,
+    mnist,
+    prepare,
+    split,
+)
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
 FREY = SHARED / "frey/freyface_1965x28x20_uint8.npz"
@@ -104,13 +114,22 @@ def test_frey_face_gives_1965_frames_and_the_papers_split() -> None:
     assert (faces.dtype, faces.shape) == (torch.uint8, (1965, 560))
     with np.load(FREY) as file:
         assert np.array_equal(faces.numpy(), file["x"].reshape(1965, 560))
-    train, test = split(faces, 365)
+    train, test = frey(FREY)
     assert (len(train), len(test)) == (1600, 365)
+    assert sorted(map(tuple, torch.cat((train, test)).tolist())) == sorted(map(tuple, faces.tolist()))
+    assert not torch.equal(train[:20], faces[:20])
+    assert all(torch.equal(a, b) for a, b in zip(frey(FREY), (train, test), strict=True))
+
+
+def test_frey_names_the_file_that_is_missing(tmp_path: Path) -> None:
+    refused(lambda: frey(tmp_path / "faces.npz"), "faces.npz", "no such file")
 
 
 def test_frey_face_refuses_other_data(tmp_path: Path) -> None:
     np.save(tmp_path / "other.npy", images())
+    np.save(tmp_path / "few.npy", np.zeros((300, 560), dtype=np.uint8))
     refused(lambda: frey_face(tmp_path / "other.npy"), "other.npy", "[12, 12]", "[1965, 560]")
+    refused(lambda: frey(tmp_path / "few.npy"), "few.npy", "[300, 560]", "[1965, 560]")
 
 
 @needs(BINARIZED)

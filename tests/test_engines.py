@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vae_fast import VAE, datasets, functional, reference
 from vae_fast.batches import ArraySource, StreamSource
 from vae_fast.engines import AutogradEngine, CudaGraphs, Plan, StepProgram, make_engine
-from vae_fast.estimators import ESTIMATORS, step_seed
+from vae_fast.estimators import ESTIMATORS, initial_state, step_seed
 from vae_fast.optim import OPTIMIZERS, make_optimizer
 
 CPU = torch.device("cpu")
@@ -75,7 +75,9 @@ def engine_for(
     options = {"accumulate_steps": 5} if optimizer == "adagrad" else {}
     made = make_optimizer(optimizer, list(model.parameters()), lr, **options)
     ops = reference if name == "reference" else functional
-    return AutogradEngine(name, StepProgram(ops, model, made, source, Plan(**plan), device), recorder)
+    state = initial_state(plan.get("estimator", ""), device)
+    planned = Plan(**plan, estimator_state=state)
+    return AutogradEngine(name, StepProgram(ops, model, made, source, planned, device), recorder)
 
 
 def same_parameters(a: nn.Module, b: nn.Module) -> bool:
@@ -163,11 +165,16 @@ def test_beta_changes_the_loss_and_what_is_learned() -> None:
 
 
 @pytest.mark.parametrize("name", ["reference", "modules"])
-def test_the_weight_prior_adds_its_log_density_over_n_to_the_objective(name: str) -> None:
-    with_prior, by_hand = small_model(), small_model()
-    engine_for(with_prior, name=name, optimizer="sgd", lr=0.5, weight_prior=True, batch_size=50).run(1)
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_the_weight_prior_adds_its_log_density_over_n_to_the_objective(name: str, likelihood: str) -> None:
+    """N is the number of datapoints, 50, not that of the minibatch, 20; biases have no prior."""
+    how: dict[str, Any] = {"likelihood": likelihood, "init": "torch", "seed": 0}
+    if likelihood == "gaussian":
+        how["mean_activation"] = "sigmoid"
+    with_prior, by_hand = (VAE(12, [8], 2, **how) for _ in range(2))
+    engine_for(with_prior, name=name, optimizer="sgd", lr=0.5, weight_prior=True, batch_size=20).run(1)
 
-    rows = torch.from_numpy(array_source(data(), 50).rows(0, 1))[0]
+    rows = torch.from_numpy(array_source(data(), 20).rows(0, 1))[0]
     bound = by_hand(data()[rows], seed=step_seed(0, 0)).elbo.mean()
     weights = [p for name, p in by_hand.named_parameters() if name.endswith("weight")]
     log_prior = sum(torch.distributions.Normal(0.0, 1.0).log_prob(w).sum() for w in weights)
@@ -192,11 +199,15 @@ class NoLookingBack(TorchDispatchMode):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("targets", ["real", "dynamic"])
-def test_no_step_reads_a_value_back_to_the_host(optimizer: str, targets: str) -> None:
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+def test_no_step_reads_a_value_back_to_the_host(optimizer: str, targets: str, estimator: str) -> None:
     model = small_model()
     made = make_optimizer(optimizer, model.parameters(), 0.01)
     source = array_source(data(), targets=targets)
-    program = StepProgram(functional, model, made, source, Plan(weight_prior=True), CPU)
+    plan = Plan(
+        estimator=estimator, num_samples=2, weight_prior=True, estimator_state=initial_state(estimator)
+    )
+    program = StepProgram(functional, model, made, source, plan, CPU)
     program.load(0, 3)
     program(20)  # torch's optimizers make their state in the first step
     with NoLookingBack():
@@ -242,12 +253,14 @@ class Replays:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_captured_engine_takes_every_step_once(optimizer: str) -> None:
+@pytest.mark.parametrize("estimator", ["sgvb_b", "score_function_running"])
+def test_a_captured_engine_takes_every_step_once(optimizer: str, estimator: str) -> None:
     """50 rows in batches of 20: every third minibatch has 10."""
     a, b = small_model(), small_model()
     recorder = Replays()
-    eager = engine_for(a, optimizer=optimizer).run(60)
-    captured = engine_for(b, optimizer=optimizer, recorder=recorder).run(60)
+    how: dict[str, Any] = {"optimizer": optimizer, "estimator": estimator}
+    eager = engine_for(a, **how).run(60)
+    captured = engine_for(b, **how, recorder=recorder).run(60)
     assert torch.equal(eager, captured)
     assert same_parameters(a, b)
     assert (recorder.recorded, recorder.warmed, recorder.replayed) == (2, 6, 54)
@@ -303,11 +316,12 @@ def test_only_a_few_sizes_of_a_stream_are_captured() -> None:
 @pytest.mark.parametrize("make", [small_model, noisy_model])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("taken", [0, 12])
+@pytest.mark.parametrize("estimator", ["sgvb_b", "score_function_running"])
 def test_steps_from_a_restored_state_are_the_same_bit_for_bit(
-    make: Callable[[], VAE], optimizer: str, taken: int
+    make: Callable[[], VAE], optimizer: str, taken: int, estimator: str
 ) -> None:
     model = make()
-    engine = engine_for(model, optimizer=optimizer)
+    engine = engine_for(model, optimizer=optimizer, estimator=estimator, lr=1e-3)
     if taken:
         engine.run(taken)
     state = engine.snapshot()

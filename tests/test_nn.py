@@ -77,6 +77,18 @@ def test_a_sigmoid_keeps_the_gaussian_mean_in_the_unit_interval():
     assert mean.min() >= 0 and mean.max() <= 1 and logvar.min() < 0
 
 
+def test_the_papers_gaussian_decoder_is_equation_12():
+    """N(x; sigmoid(W4 h + b4), exp(W5 h + b5)), h = tanh(W3 z + b3)."""
+    model = vf.VAE(6, [5], 2, "gaussian", mean_activation="sigmoid", init="torch", seed=0).double()
+    z, x = torch.randn(4, 2, dtype=torch.float64), torch.rand(4, 6, dtype=torch.float64)
+    h = torch.tanh(z @ model.decoder.hidden[0].weight.T + model.decoder.hidden[0].bias)
+    mean = torch.sigmoid(h @ model.decoder.mean.weight.T + model.decoder.mean.bias)
+    logvar = h @ model.decoder.logvar.weight.T + model.decoder.logvar.bias
+    wanted = torch.distributions.Normal(mean, (0.5 * logvar).exp()).log_prob(x).sum(-1)
+    torch.testing.assert_close(model.log_likelihood(model.decoder(z), x), wanted)
+    torch.testing.assert_close(model.decode_mean(z), mean)
+
+
 def test_from_config_makes_the_same_architecture():
     model = vf.VAE(12, [9, 5], 3, "gaussian", mean_activation="sigmoid", seed=0)
     other = vf.VAE.from_config(model.config)

@@ -26,7 +26,7 @@ from vae_fast import VAE, History, Trainer, TrainingError, checkpoint, evaluatio
 from vae_fast.batches import MinibatchOrder
 from vae_fast.checkpoint import CheckpointError
 from vae_fast.datasets import DataError
-from vae_fast.estimators import ESTIMATORS, step_seed
+from vae_fast.estimators import ESTIMATORS, RUNNING_DECAY, step_seed
 from vae_fast.optim import OPTIMIZERS, Adagrad
 from vae_fast.trainer import HistoryRow
 
@@ -71,7 +71,7 @@ def without_seconds(meta: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
 def test_training_raises_the_bound_of_data_it_has_not_seen(estimator: str, optimizer: str) -> None:
-    trainer = small_trainer(estimator=estimator, optimizer=optimizer, lr=0.02)
+    trainer = small_trainer(estimator=estimator, num_samples=2, optimizer=optimizer, lr=0.02)
     train, test = data(400)[:300], data(400)[300:]
     before = evaluation.bound(trainer.model, test).elbo
     row = fit(trainer, train, test, max_samples=8000, report_every=2000).last
@@ -247,6 +247,10 @@ def test_a_bar_that_is_asked_for_shows_engine_data_speed_and_bound(capfd: pytest
         ({"on_nan": "ignore"}, "on_nan: got 'ignore', wanted one of 'stop'"),
         ({"batch_size": 0}, "batch_size: got 0, wanted an integer of 1 or more"),
         ({"num_samples": 0}, "num_samples: got 0, wanted an integer of 1 or more"),
+        (
+            {"estimator": "score_function_leave_one_out"},
+            "num_samples: got 1, wanted an integer of 2 or more for estimator='score_function_leave_one_out'",
+        ),
         ({"beta": -1.0}, "beta: got -1.0, wanted a number of 0 or more"),
         ({"optimizer": "lion"}, "optimizer: got 'lion', wanted one of 'sgd'"),
     ],
@@ -491,6 +495,15 @@ def test_training_goes_on_past_bad_steps(term: str, on_nan: str) -> None:
     assert math.isfinite(row.train_bound)
 
 
+def test_a_bad_step_leaves_no_trace_in_what_an_estimator_remembers() -> None:
+    trainer = trapped_trainer("log_likelihood", "skip", estimator="score_function_running", lr=1e-3)
+    with pytest.warns(UserWarning, match="this update was left out"):
+        fit(trainer, trapped_data(), max_samples=130)
+    baseline = trainer.state_dict()["tensors"]["estimator.baseline"]
+    assert baseline.isfinite().all()
+    assert baseline[1] == pytest.approx(1 - RUNNING_DECAY**6)  # of 7 steps, one was left out
+
+
 def test_rollback_returns_to_the_parameters_of_the_last_look() -> None:
     trainer = trapped_trainer("log_likelihood", "rollback", seed=2)
     before = trainer.state_dict()["tensors"]
@@ -552,6 +565,17 @@ def test_a_saved_and_loaded_training_is_the_unbroken_one_bit_for_bit(
     halfway.save(tmp_path / "half")
     resumed = Trainer.load(tmp_path / "half", model=new().model if dropout else None)
     fit(resumed, max_samples=2600, report_every=650)
+    assert same(straight, resumed)
+
+
+def test_what_an_estimator_remembers_is_part_of_a_checkpoint(tmp_path: Path) -> None:
+    straight, halfway = (small_trainer(estimator="score_function_running", lr=1e-3) for _ in range(2))
+    fit(straight, max_samples=520, report_every=130)
+    fit(halfway, max_samples=260, report_every=130)
+    halfway.save(tmp_path / "half")
+    assert checkpoint.load(tmp_path / "half")[0]["estimator.baseline"][0] < -1
+    resumed = Trainer.load(tmp_path / "half")
+    fit(resumed, max_samples=260, report_every=130)
     assert same(straight, resumed)
 
 

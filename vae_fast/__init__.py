@@ -6,7 +6,7 @@ Drop-in functions and modules for any PyTorch model, and a complete trainer of t
 
 from __future__ import annotations
 
-from . import checkpoint, datasets, evaluation, reference
+from . import checkpoint, datasets, distributions, evaluation, presets, reference
 from ._extension import build_info
 from .functional import (
     ELBO,
@@ -50,12 +50,14 @@ __all__ = [
     "build_info",
     "checkpoint",
     "datasets",
+    "distributions",
     "elbo",
     "evaluation",
     "gaussian_kl",
     "gaussian_log_likelihood",
     "linear_bernoulli_log_likelihood",
     "philox_normal",
+    "presets",
     "reference",
     "reparameterize",
     "reparameterize_with_kl",

@@ -82,12 +82,24 @@ def mnist_labels(root: _FilePath | None = None) -> tuple[Tensor, Tensor]:
 def frey_face(path: _FilePath) -> Tensor:
     """Frey Face: uint8 `[1965, 560]`, frames of 28 x 20 pixels, values 0 to 255, in the order of the film.
 
-    The paper shuffles the frames and trains on 1600: `train, test = split(frey_face(path), 365)`.
+    Shuffled and split as in the paper: :func:`frey`.
     """
     faces = load(path)
-    if faces.dtype != torch.uint8 or faces.shape[1] != 560:
+    if faces.dtype != torch.uint8 or faces.shape != (1965, 560):
         raise _refusal(_shown(path), _described(faces), "the frames of Frey Face, uint8 of shape [1965, 560]")
     return faces
+
+
+def frey(path: _FilePath) -> tuple[Tensor, Tensor]:
+    """Frey Face as the paper takes it: `(train, test)`, uint8 `[1600, 560]` and `[365, 560]`, shuffled.
+
+    Neighbours of the film are alike, so nearly every test frame has one in the training data. The order is
+    that of :func:`split` with seed 0: the same everywhere, but not the paper's, which is not known.
+
+    Args:
+        path: the file of all frames; see :func:`frey_face`. It is not bundled.
+    """
+    return split(frey_face(path), 365)
 
 
 def binarized_mnist(path: _FilePath) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -43,11 +43,14 @@ class Plan:
     num_samples: int = 1
     beta: float = 1.0
     weight_prior: bool = False
+    estimator_state: Mapping[str, Tensor] = field(default_factory=dict)  # see estimators.initial_state
 
 
 @dataclass(frozen=True)
 class State:
-    """Copies of all that a step changes: parameters, buffers, optimizer state and torch's random state."""
+    """Copies of all that a step changes: parameters, buffers, the optimizer's and the estimator's state, and
+    torch's random state.
+    """
 
     tensors: dict[str, Tensor]
     numbers: dict[str, float]
@@ -80,7 +83,7 @@ class Engine(Protocol):
         """The next steps of the source: their (elbo, log_likelihood, kl), ``[n_steps, 3]`` on the host."""
 
     def finite(self) -> bool:
-        """Whether every parameter and all optimizer state are finite."""
+        """Whether every parameter and all state of the optimizer and the estimator are finite."""
 
     def snapshot(self) -> State: ...
 
@@ -156,7 +159,8 @@ class StepProgram:
 
     def estimate_batch(self, x: Tensor, seed: int | Tensor) -> Estimate:
         plan = self.plan
-        return self._estimator(self.model, x.to(self.dtype), seed, plan.num_samples, plan.beta, self.ops)
+        x, state = x.to(self.dtype), plan.estimator_state
+        return self._estimator(self.model, x, seed, plan.num_samples, plan.beta, self.ops, **state)
 
     def update(self, estimate: Estimate) -> None:
         """Ascends the minibatch mean of the objective, plus (1/N) log p(theta) if there is a weight prior."""
@@ -269,16 +273,21 @@ class AutogradEngine:
             return program.terms[:n_steps].to("cpu", copy=True)
 
     def finite(self) -> bool:
-        live = live_state(self._program.model, self._program.optimizer).tensors.values()
+        program = self._program
+        live = live_state(program.model, program.optimizer, program.plan.estimator_state).tensors.values()
         largest = torch._foreach_norm([t for t in live if t.is_floating_point() and t.numel()], math.inf)
-        device = self._program.device
+        device = program.device
         return bool(torch.stack([norm.to(device, torch.float64) for norm in largest]).isfinite().all())
 
     def snapshot(self) -> State:
-        return copy_state(self._program.model, self._program.optimizer, self._program.device)
+        program = self._program
+        return copy_state(program.model, program.optimizer, program.device, program.plan.estimator_state)
 
     def restore(self, state: State) -> None:
-        in_place = restore_state(self._program.model, self._program.optimizer, self._program.device, state)
+        program = self._program
+        in_place = restore_state(
+            program.model, program.optimizer, program.device, state, program.plan.estimator_state
+        )
         if not in_place and self._captured is not None:
             self._captured.forget()
 
@@ -363,9 +372,11 @@ def _capturable(optimizer: torch.optim.Optimizer) -> bool:
 # --- the state of a training --------------------------------------------------------------------------------
 
 
-def live_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """The model's and the optimizer's own tensors, under the names that checkpoints use."""
-    tensors: dict[str, Tensor] = {}
+def live_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, estimator_state: Mapping[str, Tensor] | None = None
+) -> State:
+    """The model's, the optimizer's and the estimator's own tensors, under the names that checkpoints use."""
+    tensors = {f"estimator.{name}": value for name, value in (estimator_state or {}).items()}
     numbers: dict[str, float] = {}
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
@@ -382,9 +393,14 @@ def live_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     return State(tensors, numbers)
 
 
-def copy_state(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> State:
+def copy_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    estimator_state: Mapping[str, Tensor] | None = None,
+) -> State:
     """Copies of those, and of the random state that modules such as dropout draw from."""
-    live = live_state(model, optimizer)
+    live = live_state(model, optimizer, estimator_state)
     tensors = {name: tensor.detach().clone() for name, tensor in live.tensors.items()}
     return State(tensors | random_state(device), dict(live.numbers))
 
@@ -414,21 +430,25 @@ def restore_random(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 @torch.no_grad()
 def restore_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, state: State
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    state: State,
+    estimator_state: Mapping[str, Tensor] | None = None,
 ) -> bool:
     """Puts a copied state back. Returns whether every tensor stayed where it was in memory.
 
     Raises:
         ValueError: the state is that of another model.
     """
-    live = live_state(model, optimizer)
+    live = live_state(model, optimizer, estimator_state)
     _check_same_model(live.tensors, state.tensors)
     in_place = (
         live.tensors.keys() == {name for name in state.tensors if not name.startswith("random.")}
         and not state.numbers
     )
     for name, tensor in live.tensors.items():
-        if name.startswith("model.") or in_place:
+        if not name.startswith("optimizer.") or in_place:
             tensor.copy_(state.tensors[name])
     if not in_place:  # an optimizer that has its state only after the first step, before or after it
         packed: dict[int, dict[str, Any]] = {}
@@ -444,7 +464,9 @@ def restore_state(
 def _check_same_model(own: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return {
-            name[6:]: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("model.")
+            name.removeprefix("model."): tuple(tensor.shape)
+            for name, tensor in tensors.items()
+            if name.startswith(("model.", "estimator."))
         }
 
     wanted, got = shapes(own), shapes(other)

@@ -1,11 +1,12 @@
 """Estimators of the variational bound and its gradient, and the seeds that make their noise a function of the
 step.
 
-An estimator is a function ``estimator(model, x, seed, num_samples, beta, ops) -> Estimate``. ``objective`` is
-what a trainer ascends: its gradient estimates the gradient of the bound, and so does its value except for the
-    score function's.
-``log_likelihood`` and ``kl`` always estimate the two terms of the bound. All are per datapoint, in nats;
-``ops`` is :mod:`vae_fast.functional` or :mod:`vae_fast.reference`.
+An estimator is a function ``estimator(model, x, seed, num_samples, beta, ops, **state) -> Estimate``.
+``objective`` is what a trainer ascends: its gradient estimates the gradient of the bound, and so does its
+value except for the score function's. ``log_likelihood`` and ``kl`` always estimate the two terms of the
+bound. All are per datapoint, in nats; ``ops`` is :mod:`vae_fast.functional` or :mod:`vae_fast.reference`.
+``state`` is what :func:`initial_state` gave: tensors that the estimator updates in place, part of the state
+of a training.
 
 Source: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114 (equation numbers below).
 """
@@ -17,7 +18,13 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from .distributions import log_normal as log_normal  # of use to algorithms that call no estimator
+from .distributions import posterior_of
+
+RUNNING_DECAY = 0.9  # of the running baseline, per step: it looks back over about ten minibatches
 
 _MASK64 = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of splitmix64
@@ -54,7 +61,7 @@ class Estimate(NamedTuple):
     kl: Tensor
 
 
-Estimator = Callable[[Any, Tensor, "int | Tensor", int, float, ModuleType], Estimate]
+Estimator = Callable[..., Estimate]
 
 
 def log_likelihood(model: Any, decoded: Tensor | tuple[Tensor, Tensor], x: Tensor, ops: ModuleType) -> Tensor:
@@ -67,11 +74,6 @@ def log_likelihood(model: Any, decoded: Tensor | tuple[Tensor, Tensor], x: Tenso
     return result
 
 
-def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """log N(z; mu, diag(exp(logvar))), summed over the last dimension."""
-    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 * (-logvar).exp()).sum(dim=-1)
-
-
 def log_prior(z: Tensor) -> Tensor:
     """log p(z) = log N(z; 0, I), summed over the last dimension."""
     return -0.5 * (math.log(2 * math.pi) + z**2).sum(dim=-1)
@@ -80,9 +82,16 @@ def log_prior(z: Tensor) -> Tensor:
 def sgvb_b(
     model: Any, x: Tensor, seed: int | Tensor, num_samples: int, beta: float, ops: ModuleType
 ) -> Estimate:
-    """-beta KL(q(z|x) || p(z)) + 1/L sum_l log p(x|z_l), z_l = mu + sigma * eps_l (equations 7 and 10)."""
+    """-beta KL(q(z|x) || p(z)) + 1/L sum_l log p(x|z_l), z_l = g(eps_l) (equations 7 and 10).
+
+    Raises:
+        ValueError: the divergence of the model's posterior has no closed form.
+    """
+    check_estimator("sgvb_b", model)
     mu, logvar = model.encoder(x)
-    z, kl = ops.reparameterize_with_kl(mu, logvar, num_samples=_leading(num_samples), seed=seed)
+    z, kl = posterior_of(model).sample_with_kl(
+        mu, logvar, num_samples=_leading(num_samples), seed=seed, ops=ops
+    )
     likelihood = _average(log_likelihood(model, model.decoder(z), x, ops), num_samples)
     return Estimate(likelihood - beta * kl, likelihood, kl)
 
@@ -90,14 +99,15 @@ def sgvb_b(
 def sgvb_a(
     model: Any, x: Tensor, seed: int | Tensor, num_samples: int, beta: float, ops: ModuleType
 ) -> Estimate:
-    """1/L sum_l [log p(x|z_l) + beta (log p(z_l) - log q(z_l|x))], z_l = mu + sigma * eps_l (equation 6).
+    """1/L sum_l [log p(x|z_l) + beta (log p(z_l) - log q(z_l|x))], z_l = g(eps_l) (equation 6).
 
     ``kl`` is 1/L sum_l [log q(z_l|x) - log p(z_l)]: unbiased, and negative now and then.
     """
+    posterior = posterior_of(model)
     mu, logvar = model.encoder(x)
-    z = ops.reparameterize(mu, logvar, num_samples=_leading(num_samples), seed=seed)
+    z = posterior.sample(mu, logvar, num_samples=_leading(num_samples), seed=seed, ops=ops)
     likelihood = _average(log_likelihood(model, model.decoder(z), x, ops), num_samples)
-    kl = _average(log_normal(z, mu, logvar) - log_prior(z), num_samples)
+    kl = _average(posterior.log_density(z, mu, logvar) - log_prior(z), num_samples)
     return Estimate(likelihood - beta * kl, likelihood, kl)
 
 
@@ -110,17 +120,116 @@ def score_function(
     1/L sum_l [log p(x|z_l) + constant(f(z_l)) log q(z_l|x)]: its gradient is the estimator's (for the
     decoder, the usual one), its value means nothing. No baseline is subtracted.
     """
+    return _score_function(model, x, seed, num_samples, beta, ops, lambda f: 0.0)
+
+
+def score_function_running(
+    model: Any,
+    x: Tensor,
+    seed: int | Tensor,
+    num_samples: int,
+    beta: float,
+    ops: ModuleType,
+    *,
+    baseline: Tensor,
+) -> Estimate:
+    """:func:`score_function` with f(z_l) - b for f(z_l), b a running mean of f over the steps before.
+
+    No sample of this step is in b, so the gradient stays unbiased: E_q[grad log q(z|x)] = 0. ``baseline`` is
+    the state, float64 ``[2]``: running means of f and of 1, both begun at 0 and multiplied by
+    ``RUNNING_DECAY`` at each step. b is their ratio, and 0 in the first step.
+    """
+
+    def of(f: Tensor) -> Tensor:
+        b = (baseline[0] / baseline[1].clamp_min(torch.finfo(torch.float64).tiny)).to(f.dtype)
+        step = torch.stack((f.mean().to(baseline.dtype), torch.ones_like(baseline[1])))
+        baseline.lerp_(step, 1 - RUNNING_DECAY)  # in place: a graph may hold its address
+        return b
+
+    return _score_function(model, x, seed, num_samples, beta, ops, of)
+
+
+def score_function_leave_one_out(
+    model: Any, x: Tensor, seed: int | Tensor, num_samples: int, beta: float, ops: ModuleType
+) -> Estimate:
+    """:func:`score_function` with f(z_l) - b_l for f(z_l), b_l the mean of f over the other samples.
+
+    b_l = 1/(L-1) sum_{k != l} f(z_k) of the same datapoint: independent of z_l, so the gradient stays
+    unbiased.
+
+    Raises:
+        ValueError: num_samples is below 2.
+
+    Source: Mnih & Rezende, *Variational inference for Monte Carlo objectives*, arXiv:1602.06725; Kool, van
+    Hoof & Welling, *Buy 4 REINFORCE samples, get a baseline for free!*, 2019.
+    """
+    check_num_samples("score_function_leave_one_out", num_samples)
+    return _score_function(
+        model, x, seed, num_samples, beta, ops, lambda f: (f.sum(dim=0) - f) / (num_samples - 1)
+    )
+
+
+def _score_function(
+    model: Any,
+    x: Tensor,
+    seed: int | Tensor,
+    num_samples: int,
+    beta: float,
+    ops: ModuleType,
+    baseline: Callable[[Tensor], Tensor | float],
+) -> Estimate:
+    """1/L sum_l [log p(x|z_l) + constant(f_l - baseline(f)_l) log q(z_l|x)]; f is ``[L, B]``, or ``[B]``."""
+    posterior = posterior_of(model)
     mu, logvar = model.encoder(x)
-    z = ops.reparameterize(mu.detach(), logvar.detach(), num_samples=_leading(num_samples), seed=seed)
+    with torch.no_grad():
+        z = posterior.sample(mu, logvar, num_samples=_leading(num_samples), seed=seed, ops=ops)
     likelihood = log_likelihood(model, model.decoder(z), x, ops)
-    log_q = log_normal(z, mu, logvar)
+    log_q = posterior.log_density(z, mu, logvar)
     kl = (log_q - log_prior(z)).detach()
     f = likelihood.detach() - beta * kl
-    surrogate = likelihood + f * log_q
+    surrogate = likelihood + (f - baseline(f)) * log_q
     return Estimate(*(_average(term, num_samples) for term in (surrogate, likelihood, kl)))
 
 
-ESTIMATORS: Mapping[str, Estimator] = {"sgvb_b": sgvb_b, "sgvb_a": sgvb_a, "score_function": score_function}
+ESTIMATORS: Mapping[str, Estimator] = {
+    "sgvb_b": sgvb_b,
+    "sgvb_a": sgvb_a,
+    "score_function": score_function,
+    "score_function_running": score_function_running,
+    "score_function_leave_one_out": score_function_leave_one_out,
+}
+
+
+def initial_state(estimator: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The keyword arguments that hold an estimator's state before its first step: none, for most."""
+    if estimator == "score_function_running":
+        return {"baseline": torch.zeros(2, dtype=torch.float64, device=device)}
+    return {}
+
+
+def default_estimator(model: Any) -> str:
+    """SGVB-B, which usually has the lower variance, where the divergence has a closed form; else SGVB-A."""
+    return "sgvb_b" if posterior_of(model).closed_kl else "sgvb_a"
+
+
+def check_estimator(estimator: str, model: Any) -> None:
+    """Refuses an estimator that needs the closed form of a divergence that has none."""
+    posterior = posterior_of(model)
+    if estimator == "sgvb_b" and not posterior.closed_kl:
+        raise ValueError(
+            "estimator: got 'sgvb_b', wanted 'sgvb_a' or a score function: the divergence of a "
+            f"{posterior.name} posterior from the prior has no closed form"
+        )
+
+
+def check_num_samples(estimator: str, num_samples: int) -> None:
+    """Refuses a number of latent samples that is too small for the estimator of this name."""
+    least = 2 if estimator == "score_function_leave_one_out" else 1
+    if num_samples < least:
+        raise ValueError(
+            f"num_samples: got {num_samples}, wanted an integer of {least} or more "
+            f"for estimator={estimator!r}"
+        )
 
 
 def weights(model: nn.Module) -> list[nn.Parameter]:

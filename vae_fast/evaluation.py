@@ -1,8 +1,9 @@
 """What a trained model is worth: the variational bound over a data set, and the latent variables in use.
 
 Evaluation is deterministic. Its noise belongs to the datapoint: rows [100 b, 100 (b + 1)) use
-``philox_normal((100, L, latent_dim), seed=step_seed(seed, b, EVALUATE))``, so the batch size and the device
-change results by rounding only, and other models see the same noise.
+``philox_normal((100, L, latent_dim), seed=step_seed(seed, b, EVALUATE))`` (a posterior other than the
+Gaussian: its own noise of this shape and seed), so the batch size and the device change results by rounding
+only, and other models see the same noise.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from . import functional
 from .batches import binarise, uniform_words
 from .datasets import Prepared, prepare
-from .estimators import EVALUATE, EVALUATE_BINARISE, step_seed
+from .distributions import Posterior, posterior_of
+from .estimators import EVALUATE, EVALUATE_BINARISE, log_prior, step_seed
 
 NOISE_ROWS = 100  # rows that share a seed
 
@@ -55,13 +57,15 @@ def bound(
     pixel_scale: float = 255,
 ) -> Bound:
     """The variational bound, averaged over datapoints: 1/L sum_l log p(x|z_l) - KL(q(z|x) || p(z)) (equation
-    7).
+    7); where the divergence has no closed form, 1/L sum_l [log q(z_l|x) - log p(z_l)] in its place (equation
+    6).
 
     Args:
         model: a :class:`vae_fast.VAE`, or anything with its ``encoder``, ``decoder`` and ``log_likelihood``.
         data: an array or tensor ``[N, D]``, or what :func:`vae_fast.datasets.prepare` returned.
         num_samples: L, the draws of z per datapoint; each datapoint is encoded once however many.
-        use_mean: put z = mu(x) in the place of draws: a score of reconstructions without noise, not a bound.
+        use_mean: put z = E_q[z], mu(x) of a Gaussian, in the place of draws: a score of reconstructions
+            without noise, not a bound.
         batch_size: how many draws of z are decoded at a time. It changes the results by rounding only.
         seed: of the noise.
         targets, pixel_scale: how to read an array; see :func:`vae_fast.datasets.prepare`.
@@ -72,16 +76,21 @@ def bound(
         raise ValueError(f"batch_size: got {batch_size}, wanted an integer of 1 or more")
     samples = 1 if use_mean else num_samples
     data = _prepared(model, data, targets, pixel_scale)
+    posterior = posterior_of(model)
     totals: list[Tensor] = []
     with evaluating(model):
         for rows, x in _batches(model, data, max(1, batch_size // samples), seed):
             mu, logvar = model.encoder(x)
-            z = mu
-            if not use_mean:
-                eps = _by_row(rows, partial(_block_normals, seed, samples, mu)).transpose(0, 1)
-                z = mu + torch.exp(0.5 * logvar) * eps
+            if use_mean:
+                z = posterior.mean(mu, logvar)
+            else:
+                eps = _by_row(rows, partial(_block_noise, posterior, seed, samples, mu)).transpose(0, 1)
+                z = posterior.map(eps, mu, logvar)
             log_likelihood = functional.average_samples(model.log_likelihood(model.decoder(z), x), 1)
-            kl = functional.gaussian_kl(mu, logvar)
+            if posterior.closed_kl:
+                kl = posterior.kl(mu, logvar)
+            else:
+                kl = functional.average_samples(posterior.log_density(z, mu, logvar) - log_prior(z), 1)
             totals.append(torch.stack((log_likelihood.double().sum(), kl.double().sum())))
     log_likelihood_mean, kl_mean = (torch.stack(totals).sum(dim=0) / len(data)).tolist()
     return Bound(log_likelihood_mean - kl_mean, log_likelihood_mean, kl_mean, len(data))
@@ -101,12 +110,15 @@ def active_units(
     """The latent variables z_j with Var_x(E_q[z_j]) > threshold (Burda, Grosse & Salakhutdinov,
     arXiv:1509.00519).
 
-    E_q[z] = mu(x); the variance is over the N datapoints, divided by N. ``seed`` matters to targets="dynamic"
-    only.
+    E_q[z] = mu(x) of a Gaussian; the variance is over the N datapoints, divided by N. ``seed`` matters to
+    targets="dynamic" only.
     """
     data = _prepared(model, data, targets, pixel_scale)
     with evaluating(model):
-        means = [model.encoder(x)[0].double().cpu() for _, x in _batches(model, data, batch_size, seed)]
+        means = [
+            posterior_of(model).mean(*model.encoder(x)).double().cpu()
+            for _, x in _batches(model, data, batch_size, seed)
+        ]
     variance = torch.cat(means).var(dim=0, correction=0)
     return ActiveUnits(int((variance > threshold).sum()), variance)
 
@@ -148,11 +160,9 @@ def _by_row(rows: range, of_block: Callable[[int], Tensor]) -> Tensor:
     return noise[rows.start - skipped : rows.stop - skipped]
 
 
-def _block_normals(seed: int, samples: int, mu: Tensor, block: int) -> Tensor:
+def _block_noise(posterior: Posterior, seed: int, samples: int, mu: Tensor, block: int) -> Tensor:
     shape = (NOISE_ROWS, samples, mu.shape[-1])
-    return functional.philox_normal(
-        shape, seed=step_seed(seed, block, EVALUATE), dtype=mu.dtype, device=mu.device
-    )
+    return posterior.draw(shape, seed=step_seed(seed, block, EVALUATE), dtype=mu.dtype, device=mu.device)
 
 
 def _block_words(seed: int, x: Tensor, block: int) -> Tensor:

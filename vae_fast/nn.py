@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from .distributions import POSTERIORS, Posterior
+from .estimators import ESTIMATORS, default_estimator
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -173,13 +175,17 @@ class VAE(nn.Module):
         log-variance).
         activation: of the hidden layers, "tanh" (the paper's) or "relu".
         mean_activation: "sigmoid" keeps a Gaussian mean in (0, 1); None leaves it linear.
+        posterior: the family of q(z|x): "gaussian", "logistic", "gumbel", "laplace", "student_t",
+            "log_normal", or a :class:`vae_fast.distributions.Posterior` of your own. Each takes the encoder's
+            mu as its location and exp(logvar / 2) as its scale.
         init: "paper" draws weights and hidden biases from N(0, 0.01**2) and sets the encoder's log-variance
         layer and the
             biases of the outputs to zero; "torch" keeps nn.Linear's own, the better choice for several
             hidden layers.
         seed: makes the initial values a function of this number; None draws it from torch's default
         generator.
-        encoder, decoder: modules to use instead; then the arguments above other than likelihood are not used.
+        encoder, decoder: modules to use instead; then the arguments above other than likelihood and posterior
+            are not used.
     """
 
     def __init__(
@@ -191,6 +197,7 @@ class VAE(nn.Module):
         *,
         activation: str = "tanh",
         mean_activation: str | None = None,
+        posterior: str | Posterior = "gaussian",
         init: str = "paper",
         seed: int | None = None,
         encoder: nn.Module | None = None,
@@ -203,6 +210,10 @@ class VAE(nn.Module):
         _one_of("init", init, ("paper", "torch"))
         if (encoder is None) != (decoder is None):
             raise ValueError("encoder, decoder: got one of them, wanted both or neither")
+        if not isinstance(posterior, Posterior):
+            _one_of("posterior", posterior, tuple(POSTERIORS))
+            posterior = POSTERIORS[posterior]
+        self.posterior = posterior
         self.likelihood = likelihood
         self.data_dim = data_dim
         self.latent_dim = latent_dim
@@ -222,15 +233,17 @@ class VAE(nn.Module):
         ):
             if width < 1:
                 raise ValueError(f"{name}: got {width}, wanted a positive integer")
-        self.config = {
-            "data_dim": data_dim,
-            "hidden_dims": [int(width) for width in hidden_dims],
-            "latent_dim": latent_dim,
-            "likelihood": likelihood,
-            "activation": activation,
-            "mean_activation": mean_activation,
-            "init": init,
-        }
+        if POSTERIORS.get(posterior.name) is posterior:
+            self.config = {
+                "data_dim": data_dim,
+                "hidden_dims": [int(width) for width in hidden_dims],
+                "latent_dim": latent_dim,
+                "likelihood": likelihood,
+                "activation": activation,
+                "mean_activation": mean_activation,
+                "posterior": posterior.name,
+                "init": init,
+            }
         self.encoder = MLPEncoder(data_dim, hidden_dims, latent_dim, activation)
         self.decoder = MLPDecoder(
             latent_dim, tuple(hidden_dims)[::-1], data_dim, likelihood, activation, mean_activation
@@ -270,14 +283,13 @@ class VAE(nn.Module):
         beta: float = 1.0,
         seed: int | Tensor | None = None,
     ) -> F.ELBO:
-        """The bound of each datapoint by SGVB-B (equation 7), in nats.
+        """The bound of each datapoint by SGVB-B (equation 7), in nats; by SGVB-A (equation 6) where the
+        posterior's divergence has no closed form.
 
         x ``[..., D]`` to ``ELBO(elbo, log_likelihood, kl)``, each ``[...]``.
         """
-        mu, logvar = self.encoder(x)
-        z, kl = F.reparameterize_with_kl(mu, logvar, num_samples=num_samples, seed=seed)
-        log_likelihood = F.average_samples(self.log_likelihood(self.decoder(z), x), kl.dim())
-        return F.ELBO(log_likelihood - beta * kl, log_likelihood, kl)
+        estimator = ESTIMATORS[default_estimator(self)]
+        return F.ELBO(*estimator(self, x, seed, 1 if num_samples is None else num_samples, beta, F))
 
     def log_likelihood(self, decoded: Tensor | tuple[Tensor, Tensor], x: Tensor) -> Tensor:
         """log p(x|z) of each datapoint, from what ``decoder(z)`` returned; ``[...]``, nats."""
@@ -306,8 +318,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x|z] at the posterior mean z = mu(x); ``[..., D]`` to ``[..., D]``."""
-        return self.decode_mean(self.encoder(x)[0])
+        """E[x|z] at the posterior mean z = E_q[z], mu(x) of a Gaussian; ``[..., D]`` to ``[..., D]``."""
+        return self.decode_mean(self.posterior.mean(*self.encoder(x)))
 
 
 def _one_of(name: str, got: object, wanted: Sequence[object]) -> None:

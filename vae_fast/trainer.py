@@ -43,7 +43,13 @@ from .engines import (
     restore_random,
     restore_state,
 )
-from .estimators import ESTIMATORS
+from .estimators import (
+    ESTIMATORS,
+    check_estimator,
+    check_num_samples,
+    default_estimator,
+    initial_state,
+)
 from .evaluation import bound
 from .nn import VAE
 from .optim import OptimizerFactory, make_optimizer
@@ -143,9 +149,9 @@ class Settings:
         _one_of("estimator", self.estimator, tuple(ESTIMATORS))
         _one_of("order", self.order, ORDERS)
         _one_of("targets", self.targets, TARGETS)
-        for name in ("batch_size", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted an integer of 1 or more")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: got {self.batch_size}, wanted an integer of 1 or more")
+        check_num_samples(self.estimator, self.num_samples)
         if not self.beta >= 0:
             raise ValueError(f"beta: got {self.beta}, wanted a number of 0 or more")
 
@@ -170,7 +176,10 @@ class Trainer:
         seed: of minibatches and noise (not of the model's initial values).
         engine: "auto", "reference", "modules"; "native" is not in this version. ``engine_name`` and
             ``engine_reason`` say which was taken and why, once ``fit`` has begun.
-        estimator: "sgvb_b", "sgvb_a" or "score_function"; see :mod:`vae_fast.estimators`.
+        estimator: "sgvb_b", "sgvb_a", or the score function without and with a baseline, "score_function",
+            "score_function_running", "score_function_leave_one_out" (for num_samples of 2 or more); see
+            :mod:`vae_fast.estimators`. None: "sgvb_b", or "sgvb_a" for a posterior of your own whose
+            divergence from the prior has no closed form.
         num_samples: L, latent samples per datapoint.
         beta: weight of the KL divergence.
         weight_prior: maximum a posteriori with p(theta) = N(0, I) on the weights (parameters of two or more
@@ -198,7 +207,7 @@ class Trainer:
         batch_size: int = 100,
         seed: int = 0,
         engine: str = "auto",
-        estimator: str = "sgvb_b",
+        estimator: str | None = None,
         num_samples: int = 1,
         beta: float = 1.0,
         weight_prior: bool = False,
@@ -216,6 +225,7 @@ class Trainer:
             raise TypeError(
                 f"model: got {got}, wanted a VAE; VAE(encoder=..., decoder=...) takes any modules"
             )
+        estimator = default_estimator(model) if estimator is None else estimator
         self.settings = Settings(
             name,
             lr,
@@ -229,6 +239,7 @@ class Trainer:
             targets,
             pixel_scale,
         )
+        check_estimator(estimator, model)
         self.device = _device(device, model)
         self.model = model.to(self.device)
         self.optimizer = make_optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], lr)
@@ -244,6 +255,7 @@ class Trainer:
         self._fitting = False
         self._interval = np.zeros(3)  # sums over the datapoints since the last report: log_likelihood, kl, 1
         self._random = first_random_state(seed, self.device)
+        self._estimator_state = initial_state(estimator, self.device)
         self._data: str | None = None  # what the data are recognised by
 
     def fit(
@@ -295,7 +307,7 @@ class Trainer:
                 )
             self._data = fingerprint
         s = self.settings
-        plan = Plan(s.seed, s.estimator, s.num_samples, s.beta, s.weight_prior)
+        plan = Plan(s.seed, s.estimator, s.num_samples, s.beta, s.weight_prior, self._estimator_state)
         engine, self.engine_reason = make_engine(
             self.engine, self.model, self.optimizer, source, plan, self.device
         )
@@ -430,7 +442,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that the rest of the training depends on: "tensors" by name, and JSON-able "meta"."""
-        state = copy_state(self.model, self.optimizer, self.device)
+        state = copy_state(self.model, self.optimizer, self.device, self._estimator_state)
         # Outside fit, torch's generators are the caller's, not the training's.
         tensors = state.tensors if self._fitting else state.tensors | self._random
         groups = [
@@ -473,7 +485,8 @@ class Trainer:
             )
         random = {name: tensor for name, tensor in tensors.items() if name.startswith("random.")}
         own = {name: tensor for name, tensor in tensors.items() if name not in random}
-        restore_state(self.model, self.optimizer, self.device, State(own, optimizer["numbers"]))
+        saved_state = State(own, optimizer["numbers"])
+        restore_state(self.model, self.optimizer, self.device, saved_state, self._estimator_state)
         for group, saved in zip(self.optimizer.param_groups, optimizer["groups"], strict=True):
             for key, value in saved.items():
                 if not isinstance(group.get(key), Tensor) and key not in _OF_THE_MACHINE:
