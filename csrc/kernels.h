@@ -5,7 +5,9 @@
 // row ("loss" below: one value per datapoint) are float, or double where dtype is f64. Arithmetic is done in that type.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 
 namespace vae_fast {
 
@@ -188,8 +190,12 @@ const char* capability();  // the instruction set in use: "avx512", "avx2" or "p
 }  // namespace cpu
 
 namespace cuda {
+// Gives memory of the current device that stays until the launched work on its stream is done. Asked for at most once
+// in a launch, and only where rows are so wide that several blocks sum one (csrc/cuda/rows.cuh).
+using Workspace = std::function<void*(size_t bytes)>;
+
 // Launches on `stream` (a cudaStream_t) of the current device; returns a cudaError_t, 0 for success.
-#define VAE_FAST_DECLARE(Args) int launch(const Args& args, void* stream);
+#define VAE_FAST_DECLARE(Args) int launch(const Args& args, void* stream, const Workspace& workspace);
 VAE_FAST_FOR_EACH_KERNEL(VAE_FAST_DECLARE)
 #undef VAE_FAST_DECLARE
 const char* error_string(int error);

@@ -45,9 +45,7 @@ struct LogLikelihood {
     }
   }
 
-  __device__ void finish(int64_t r, const Sums<R, kSums>& sums) const {
-    static_cast<R*>(a.log_likelihood)[r] = sums.value[0];
-  }
+  __host__ __device__ R* sum(int) const { return static_cast<R*>(a.log_likelihood); }
 };
 
 template <class T, class X, bool kVectorRows>
@@ -132,42 +130,42 @@ struct LogLikelihoodDoubleBackward {
     store_chunk<kVector, N>(row.grad_logits + c, out, n);
   }
 
-  __device__ void finish(int64_t r, const Sums<R, kSums>& sums) const { static_cast<R*>(a.ggrad)[r] = sums.value[0]; }
+  __host__ __device__ R* sum(int) const { return static_cast<R*>(a.ggrad); }
 };
 
 }  // namespace
 
-int launch(const BernoulliForward& a, void* stream) {
+int launch(const BernoulliForward& a, void* stream, const Workspace& workspace) {
   return with_types(a.dtype, a.x_dtype, [&](auto t, auto x) {
     using T = decltype(t);
     using X = decltype(x);
     const bool vector_access = vector_rows<T>(a.cols, {a.logits}) && vector_rows<X, kChunk<T>>(a.cols, {a.x});
     return with_vector<T>(vector_access, [&](auto vector) {
-      return launch_rows(LogLikelihood<T, X, vector.value>{a}, a.rows, a.cols, stream);
+      return launch_rows(LogLikelihood<T, X, vector.value>{a}, a.rows, a.cols, stream, workspace);
     });
   });
 }
 
-int launch(const BernoulliBackward& a, void* stream) {
+int launch(const BernoulliBackward& a, void* stream, const Workspace& workspace) {
   return with_types(a.dtype, a.x_dtype, [&](auto t, auto x) {
     using T = decltype(t);
     using X = decltype(x);
     const bool vector_access =
         vector_rows<T>(a.cols, {a.logits, a.grad_logits}) && vector_rows<X, kChunk<T>>(a.cols, {a.x});
     return with_vector<T>(vector_access, [&](auto vector) {
-      return launch_rows(LogLikelihoodBackward<T, X, vector.value>{a}, a.rows, a.cols, stream);
+      return launch_rows(LogLikelihoodBackward<T, X, vector.value>{a}, a.rows, a.cols, stream, workspace);
     });
   });
 }
 
-int launch(const BernoulliDoubleBackward& a, void* stream) {
+int launch(const BernoulliDoubleBackward& a, void* stream, const Workspace& workspace) {
   return with_types(a.dtype, a.x_dtype, [&](auto t, auto x) {
     using T = decltype(t);
     using X = decltype(x);
     const bool vector_access =
         vector_rows<T>(a.cols, {a.ggrad_logits, a.logits, a.grad_logits}) && vector_rows<X, kChunk<T>>(a.cols, {a.x});
     return with_vector<T>(vector_access, [&](auto vector) {
-      return launch_rows(LogLikelihoodDoubleBackward<T, X, vector.value>{a}, a.rows, a.cols, stream);
+      return launch_rows(LogLikelihoodDoubleBackward<T, X, vector.value>{a}, a.rows, a.cols, stream, workspace);
     });
   });
 }

@@ -21,6 +21,7 @@
 #include <functional>
 #include <initializer_list>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -33,7 +34,7 @@ using Values = std::vector<double>;
 
 // --- the cases -------------------------------------------------------------------------------------------------------
 
-const int64_t kCols[] = {0, 1, 3, 4, 5, 8, 20, 31, 32, 33, 127, 128, 784, 1025, 5000};
+const int64_t kCols[] = {0, 1, 3, 4, 5, 8, 20, 31, 32, 33, 127, 128, 784, 1025, 4500, 5000};
 const int64_t kRows[] = {0, 1, 2, 7};
 const DType kTypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
 
@@ -253,10 +254,24 @@ void compare(const Case& c, const char* what, Tensor& got, const Values& wanted,
   }
 }
 
+// What a launch asks for to sum wide rows: NaN all over, between two guards.
+std::unique_ptr<Tensor> memory;
+int64_t workspaces = 0;
+const cuda::Workspace workspace = [](size_t bytes) {
+  if (memory) fail("a launch asked for memory twice");
+  memory = std::make_unique<Tensor>(DType::u8, static_cast<int64_t>(bytes), false, Use::output);
+  ++workspaces;
+  return memory->pointer();
+};
+
 void launched(const Case& c, int error) {
   if (error != 0) fail(describe(c) + ": launch failed: " + cuda::error_string(error));
   check(cudaDeviceSynchronize());
   ++cases_run;
+  if (!memory) return;
+  memory->fetch();
+  if (!memory->intact()) fail(describe(c) + ": the workspace was written beyond its ends");
+  memory.reset();
 }
 
 // A value and the sum of the sizes of its terms, which bounds its rounding error.
@@ -299,7 +314,7 @@ void test(const Case& c, GaussianKLForward) {
   Tensors t(c);
   Tensor &mu = t.input(c.rows * c.cols), &logvar = t.input(c.rows * c.cols), &kl = t.loss_output();
   launched(c, cuda::launch(GaussianKLForward{c.dtype, c.rows, c.cols, mu.pointer(), logvar.pointer(), kl.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   Expected wanted(c.rows);
   for (int64_t r = 0; r < c.rows; ++r) {
     Sum sum;
@@ -318,7 +333,7 @@ void test(const Case& c, GaussianKLBackward) {
     launched(c, cuda::launch(GaussianKLBackward{c.dtype, c.rows, c.cols, grad_kl.pointer(), mu.pointer(),
                                                 logvar.pointer(), outputs & 1 ? grad_mu.pointer() : nullptr,
                                                 outputs & 2 ? grad_logvar.pointer() : nullptr},
-                             nullptr));
+                             nullptr, workspace));
     Expected to_mu(n), to_logvar(n);
     for (int64_t i = 0; i < n; ++i) {
       Sum m, l;
@@ -340,7 +355,7 @@ void test(const Case& c, GaussianKLDoubleBackward) {
   launched(c, cuda::launch(GaussianKLDoubleBackward{c.dtype, c.rows, c.cols, v_mu.pointer(), v_logvar.pointer(),
                                                     grad_kl.pointer(), mu.pointer(), logvar.pointer(),
                                                     ggrad_kl.pointer(), grad_mu.pointer(), grad_logvar.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   Expected to_grad(c.rows), to_mu(n), to_logvar(n);
   for (int64_t r = 0; r < c.rows; ++r) {
     Sum g;
@@ -369,7 +384,7 @@ void test(const Case& c, ReparameterizeForward) {
     Tensor &mu = t.input(n), &logvar = t.input(n), &z = t.output(c.samples * n), &kl = t.loss_output();
     launched(c, cuda::launch(ReparameterizeForward{c.dtype, c.rows, c.cols, c.samples, mu.pointer(), logvar.pointer(),
                                                    t.seed(kSeed), z.pointer(), with_kl ? kl.pointer() : nullptr},
-                             nullptr));
+                             nullptr, workspace));
     const Values eps = noise(kSeed, c.samples * n);
     Expected sample(c.samples * n), divergence(c.rows);
     for (int64_t i = 0; i < c.samples * n; ++i) {
@@ -402,7 +417,7 @@ void test(const Case& c, ReparameterizeBackward) {
                                              kl ? grad_kl.pointer() : nullptr, kl ? mu.pointer() : nullptr,
                                              logvar.pointer(), t.seed(kSeed), outputs & 1 ? grad_mu.pointer() : nullptr,
                                              outputs & 2 ? grad_logvar.pointer() : nullptr},
-                      nullptr));
+                      nullptr, workspace));
       const Values eps = noise(kSeed, c.samples * n);
       Expected to_mu(n), to_logvar(n);
       for (int64_t i = 0; i < n; ++i) {
@@ -433,7 +448,7 @@ void test(const Case& c, ReparameterizeDoubleBackward) {
   launched(c, cuda::launch(ReparameterizeDoubleBackward{c.dtype, c.rows, c.cols, c.samples, v_mu.pointer(),
                                                         v_logvar.pointer(), grad_z.pointer(), logvar.pointer(),
                                                         t.seed(kSeed), ggrad_z.pointer(), grad_logvar.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   const Values eps = noise(kSeed, c.samples * n);
   Expected to_grad_z(c.samples * n), to_logvar(n);
   for (int64_t i = 0; i < n; ++i) {
@@ -457,7 +472,7 @@ void test(const Case& c, PhiloxNormal) {
   Tensors t(c);
   const int64_t n = c.rows * c.cols;
   Tensor& out = t.output(n);
-  launched(c, cuda::launch(PhiloxNormal{c.dtype, n, t.seed(kSeed), out.pointer()}, nullptr));
+  launched(c, cuda::launch(PhiloxNormal{c.dtype, n, t.seed(kSeed), out.pointer()}, nullptr, workspace));
   const Values eps = noise(kSeed, n);
   Expected wanted(n);
   for (int64_t i = 0; i < n; ++i) {
@@ -473,7 +488,7 @@ void test(const Case& c, BernoulliForward) {
   Tensor &logits = t.input(c.rows * c.cols), &x = t.target(true), &out = t.loss_output();
   launched(c, cuda::launch(BernoulliForward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, logits.pointer(), x.pointer(),
                                             out.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   Expected wanted(c.rows);
   for (int64_t r = 0; r < c.rows; ++r) {
     Sum sum;
@@ -490,7 +505,7 @@ void test(const Case& c, BernoulliBackward) {
   Tensor &logits = t.input(n), &x = t.target(true), &grad = t.loss_input(), &out = t.output(n);
   launched(c, cuda::launch(BernoulliBackward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, grad.pointer(),
                                              logits.pointer(), x.pointer(), out.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   Expected wanted(n);
   for (int64_t r = 0; r < c.rows; ++r) {
     for (int64_t j = 0; j < c.cols; ++j) {
@@ -511,7 +526,7 @@ void test(const Case& c, BernoulliDoubleBackward) {
   launched(
       c, cuda::launch(BernoulliDoubleBackward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, v.pointer(), grad.pointer(),
                                               logits.pointer(), x.pointer(), ggrad.pointer(), grad_logits.pointer()},
-                      nullptr));
+                      nullptr, workspace));
   Expected to_grad(c.rows), to_logits(n);
   for (int64_t r = 0; r < c.rows; ++r) {
     Sum g;
@@ -536,7 +551,7 @@ void test(const Case& c, GaussianForward) {
     Tensor& out = t.loss_output();
     launched(c, cuda::launch(GaussianForward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, one, mean.pointer(),
                                              logvar.pointer(), x.pointer(), out.pointer()},
-                             nullptr));
+                             nullptr, workspace));
     Expected wanted(c.rows);
     for (int64_t r = 0; r < c.rows; ++r) {
       Sum sum;
@@ -563,7 +578,7 @@ void test(const Case& c, GaussianBackward) {
                                                 mean.pointer(), logvar.pointer(), x.pointer(),
                                                 outputs & 1 ? grad_mean.pointer() : nullptr,
                                                 outputs & 2 ? grad_logvar.pointer() : nullptr},
-                               nullptr));
+                               nullptr, workspace));
       Expected to_mean(n), to_logvar(n), to_one(c.rows);
       for (int64_t r = 0; r < c.rows; ++r) {
         Sum row;
@@ -599,7 +614,7 @@ void test(const Case& c, GaussianDoubleBackward) {
                     GaussianDoubleBackward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, one, v_mean.pointer(),
                                            v_logvar.pointer(), grad.pointer(), mean.pointer(), logvar.pointer(),
                                            x.pointer(), ggrad.pointer(), grad_mean.pointer(), grad_logvar.pointer()},
-                    nullptr));
+                    nullptr, workspace));
     Expected to_grad(c.rows), to_mean(n), to_logvar(n), to_one(c.rows);
     for (int64_t r = 0; r < c.rows; ++r) {
       Sum g, row;
@@ -642,7 +657,7 @@ bool one_of(int64_t value, std::initializer_list<int64_t> list) {
 
 template <class Args>
 void run(const char* name) {
-  cases_run = 0;
+  cases_run = workspaces = 0;
   worst = 0;
   for (DType dtype : kTypes) {
     for (int64_t cols : kCols) {
@@ -669,7 +684,8 @@ void run(const char* name) {
       }
     }
   }
-  std::printf("%s: %lld launches, error at most %.2f of its bound\n", name, static_cast<long long>(cases_run), worst);
+  std::printf("%s: %lld launches, %lld with a workspace, error at most %.2f of its bound\n", name,
+              static_cast<long long>(cases_run), static_cast<long long>(workspaces), worst);
 }
 
 // A NaN stays in its row, and in an element-wise result in its place.
@@ -681,7 +697,7 @@ void run_nan() {
   logits.fill([&] { return i++ == 3 * c.cols + 5 ? std::numeric_limits<double>::quiet_NaN() : symmetric(); });
   launched(c, cuda::launch(BernoulliForward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, logits.pointer(), x.pointer(),
                                             out.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   const Values& values = out.fetch();
   for (int64_t r = 0; r < c.rows; ++r) {
     if (std::isnan(values[static_cast<size_t>(r)]) != (r == 3)) fail("NaN: row 3 alone holds one");
@@ -689,8 +705,23 @@ void run_nan() {
   std::printf("NaN: in its row only\n");
 }
 
+// A row's sum has the same bits whatever the other rows are, also where several blocks share the row.
+void run_alone() {
+  for (int64_t cols : {20, 784, 5000}) {
+    const Case c{DType::f32, DType::f32, 7, cols, 1, 7, Layout::aligned};
+    Tensors t(c);
+    Tensor &mu = t.input(c.rows * cols), &logvar = t.input(c.rows * cols), &all = t.loss_output(), &one = t.loss_output();
+    launched(c, cuda::launch(GaussianKLForward{c.dtype, c.rows, cols, mu.pointer(), logvar.pointer(), all.pointer()},
+                             nullptr, workspace));
+    launched(c, cuda::launch(GaussianKLForward{c.dtype, 1, cols, mu.pointer(), logvar.pointer(), one.pointer()},
+                             nullptr, workspace));
+    if (all.fetch()[0] != one.fetch()[0]) fail(describe(c) + ": the first row's sum depends on the others");
+  }
+  std::printf("alone: the same sum\n");
+}
+
 void run_errors() {
-  const int error = cuda::launch(GaussianKLForward{DType::u8, 1, 1, nullptr, nullptr, nullptr}, nullptr);
+  const int error = cuda::launch(GaussianKLForward{DType::u8, 1, 1, nullptr, nullptr, nullptr}, nullptr, workspace);
   if (error == 0 || std::string(cuda::error_string(error)) != "invalid argument")
     fail("errors: a dtype without a kernel launched");
   std::printf("errors: an unknown dtype is refused\n");
@@ -710,6 +741,7 @@ int main(int argc, char** argv) {
   VAE_FAST_FOR_EACH_KERNEL(VAE_FAST_RUN)
 #undef VAE_FAST_RUN
   if (wanted("NaN")) run_nan();
+  if (wanted("alone")) run_alone();
   if (wanted("errors")) run_errors();
   return 0;
 }
