@@ -40,7 +40,7 @@ struct LogLikelihood {
   __device__ void apply(const Row&, const Input& in, int64_t, int n, Sums<R, kSums>& sums) const {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const R term = bernoulli_log_likelihood(in.logits.template get<R>(j), in.x.template get<R>(j));
+      const R term = bernoulli_log_likelihood<R, Arithmetic<T>>(in.logits.template get<R>(j), in.x.template get<R>(j));
       sums.value[0] += j < n ? term : R{};
     }
   }
@@ -81,7 +81,7 @@ struct LogLikelihoodBackward {
     R out[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      out[j] = row.grad * bernoulli_grad_logit(in.logits.template get<R>(j), in.x.template get<R>(j));
+      out[j] = row.grad * bernoulli_grad_logit<R, Arithmetic<T>>(in.logits.template get<R>(j), in.x.template get<R>(j));
     }
     store_chunk<kVector, N>(row.grad_logits + c, out, n);
   }
@@ -123,8 +123,8 @@ struct LogLikelihoodDoubleBackward {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const R v = in.v.template get<R>(j), logit = in.logits.template get<R>(j);
-      out[j] = row.grad * v * bernoulli_curvature(logit);
-      const R term = v * bernoulli_grad_logit(logit, in.x.template get<R>(j));
+      out[j] = row.grad * v * bernoulli_curvature<R, Arithmetic<T>>(logit);
+      const R term = v * bernoulli_grad_logit<R, Arithmetic<T>>(logit, in.x.template get<R>(j));
       sums.value[0] += j < n ? term : R{};
     }
     store_chunk<kVector, N>(row.grad_logits + c, out, n);

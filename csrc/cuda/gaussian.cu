@@ -22,10 +22,10 @@ struct Logvar {
   template <bool kVector, int N>
   __device__ Chunk<T, N> load(int64_t c, int n) const {
     if constexpr (!kOneLogvar) return load_chunk<kVector, N>(values + c, n);
-    Chunk<T, N> chunk;
+    Chunk<T, N> chunk = {};
     const T value = *values;
 #pragma unroll
-    for (int j = 0; j < N; ++j) chunk.values[j] = value;
+    for (int j = 0; j < N; ++j) chunk.put(j, value);
     return chunk;
   }
 };

@@ -162,7 +162,7 @@ struct AddSegments {
 #pragma unroll
     for (int k = 0; k < kSums; ++k) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) sums.value[k] += in.parts[k].values[j];  // zero beyond the n that there are
+      for (int j = 0; j < N; ++j) sums.value[k] += in.parts[k].template get<R>(j);  // zero beyond the n that there are
     }
   }
 

@@ -6,6 +6,8 @@
 //   d/dl      = x - y     = (x - [l > 0]) + sign(l) t / (1 + t)
 //   d2/dl2    = -y (1 - y) = -t / (1 + t)^2
 //   d/dx      = l
+//
+// M is the arithmetic: Math<V>, or HalfPrecisionMath for what came in half precision.
 #pragma once
 
 #include "math.h"
@@ -18,25 +20,30 @@ VAE_FAST_INLINE V bernoulli_residual_sign(V l, V x) {
   return l > V{} ? x - constant<V>(1.0) : x;
 }
 
-template <class V>
+template <class V, class M = Math<V>>
 VAE_FAST_INLINE V bernoulli_log_likelihood(V l, V x) {
   V residual = bernoulli_residual_sign(l, x);
   V linear = residual == V{} ? V{} : residual * l;  // 0 * inf is 0 here: a certain and right prediction costs nothing
-  return linear - Math<V>::log1p(Math<V>::exp(-Math<V>::abs(l)));
+  return linear - M::log1p(M::exp(-M::abs(l)));
 }
 
-template <class V>
+// sigmoid(-|l|)
+template <class V, class M>
+VAE_FAST_INLINE V bernoulli_tail(V l) {
+  V t = M::exp(-M::abs(l));
+  return quotient(t, V(t + 1.0f));
+}
+
+template <class V, class M = Math<V>>
 VAE_FAST_INLINE V bernoulli_grad_logit(V l, V x) {
-  V t = Math<V>::exp(-Math<V>::abs(l));
-  V tail = t / (t + 1.0f);  // sigmoid(-|l|)
+  V tail = bernoulli_tail<V, M>(l);
   return bernoulli_residual_sign(l, x) + (l > V{} ? tail : -tail);
 }
 
 // d2/dl2 log p
-template <class V>
+template <class V, class M = Math<V>>
 VAE_FAST_INLINE V bernoulli_curvature(V l) {
-  V t = Math<V>::exp(-Math<V>::abs(l));
-  V y = t / (t + 1.0f);
+  V y = bernoulli_tail<V, M>(l);
   return -(y * (constant<V>(1.0) - y));
 }
 
