@@ -37,7 +37,7 @@ def calls(
     mu, logvar, several = leaf(*shape), leaf(*shape), leaf(3, *shape)
     scalar = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
     soft, hard = torch.rand(shape, device=device), torch.rand(shape, device=device) < 0.5
-    seed = torch.tensor([11], device=device)
+    bits, seed = vf.pack_bits(hard), torch.tensor([11], device=device)
     return [
         lambda: second_order([vf.gaussian_kl(mu, logvar)], [mu, logvar]),
         lambda: second_order([vf.reparameterize(mu, logvar, seed=seed)], [mu, logvar]),
@@ -46,6 +46,7 @@ def calls(
         lambda: second_order([vf.bernoulli_log_likelihood(mu, soft)], [mu]),
         lambda: second_order([vf.bernoulli_log_likelihood(several, soft.to(dtype))], [several]),
         lambda: second_order([vf.bernoulli_log_likelihood(several, hard)], [several]),
+        lambda: second_order([vf.bernoulli_log_likelihood(several, bits, packed=True)], [several]),
         lambda: second_order([vf.gaussian_log_likelihood(mu, logvar, soft)], [mu, logvar]),
         lambda: second_order([vf.gaussian_log_likelihood(several, scalar, soft)], [several, scalar]),
         lambda: second_order([vf.elbo(several, hard, mu, logvar).elbo], [several, mu, logvar]),

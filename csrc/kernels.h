@@ -11,7 +11,7 @@
 
 namespace vae_fast {
 
-enum class DType : int8_t { f32, f64, f16, bf16, u8 };
+enum class DType : int8_t { f32, f64, f16, bf16, u8, bits };  // bits: eight to a byte, the first in the lowest bit
 
 // kl[r] = sum_c KL(N(mu, exp(logvar)) || N(0, 1))
 struct GaussianKLForward {
@@ -96,10 +96,10 @@ struct PhiloxNormal {
 // log_likelihood[r] = sum_c log Bernoulli(x[r mod x_rows, c]; sigmoid(logits[r, c]))
 struct BernoulliForward {
   DType dtype;    // of logits
-  DType x_dtype;  // dtype, f32, or u8 (values 0 and 1; bool is u8)
+  DType x_dtype;  // dtype, f32, u8 (values 0 and 1; bool is u8), or bits
   int64_t rows, x_rows, cols;
   const void* logits;    // [rows, cols]
-  const void* x;         // [x_rows, cols]
+  const void* x;         // [x_rows, cols], or bits [x_rows, ceil(cols / 8)] of bytes
   void* log_likelihood;  // [rows] loss
 };
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from operators import CASES, SEED
@@ -64,6 +65,7 @@ def samples(device):
     loss, loss2 = randn(4, grad=True), randn(2, 4, grad=True)
     both = [True, True]
     v = randn(2, 4, 6)
+    packed = vf.pack_bits(x.round())
     return [
         (ops.philox_normal, ([4, 6], seed, torch.float32)),
         (ops.reparameterize_forward, (mu, logvar, seed, None)),
@@ -79,8 +81,11 @@ def samples(device):
         (ops.gaussian_kl_double_backward, (randn(4, 6), randn(4, 6), randn(4), randn(4, 6), randn(4, 6))),
         (ops.bernoulli_log_likelihood_forward, (logits, x)),
         (ops.bernoulli_log_likelihood_forward, (logits, x.round().bool())),
+        (ops.bernoulli_log_likelihood_forward, (logits, packed, True)),
         (ops.bernoulli_log_likelihood_backward, (loss2, logits, x)),
+        (ops.bernoulli_log_likelihood_backward, (loss2, logits, packed, True)),
         (ops.bernoulli_log_likelihood_double_backward, (v, randn(2, 4), randn(2, 4, 6), x)),
+        (ops.bernoulli_log_likelihood_double_backward, (v, randn(2, 4), randn(2, 4, 6), packed, True)),
         (ops.gaussian_log_likelihood_forward, (logits, randn(2, 4, 6, grad=True), x)),
         (ops.gaussian_log_likelihood_forward, (logits, randn(grad=True), x)),
         (ops.gaussian_log_likelihood_backward, (loss2, logits, randn(2, 4, 6, grad=True), x, both)),
@@ -89,7 +94,7 @@ def samples(device):
     ]
 
 
-@pytest.mark.parametrize("index", range(21))
+@pytest.mark.parametrize("index", range(24))
 def test_opcheck(index, device):
     op, args = samples(device)[index]
     torch.library.opcheck(op.default, args)
@@ -312,8 +317,92 @@ def test_a_variance_may_be_broadcast(device):
     torch.testing.assert_close(grad, exact)
 
 
+@pytest.mark.parametrize("width", [1, 7, 8, 20, 37, 784, 1025])
+def test_packed_targets_give_the_same_bits(width, dtype, device):
+    generator = torch.Generator().manual_seed(6)
+    x = (torch.rand((5, width), generator=generator) < 0.4).to(device)
+    packed = vf.pack_bits(x)
+    assert torch.equal(
+        packed.cpu(), torch.from_numpy(numpy.packbits(x.cpu().numpy(), axis=-1, bitorder="little"))
+    )
+    if width % 8:
+        packed[..., -1] |= 1 << 7  # an unused bit: ignored
+    results = []
+    for target, options in ((x, {}), (packed, {"packed": True})):
+        generator.manual_seed(7)
+        logits = (6 * torch.randn((3, 5, width), generator=generator)).to(dtype).to(device).requires_grad_()
+        out = vf.bernoulli_log_likelihood(logits, target, **options)
+        upstream = torch.randn(out.shape, generator=generator).to(device).requires_grad_()
+        (first,) = torch.autograd.grad(out, logits, upstream, create_graph=True)
+        weight = torch.randn(first.shape, generator=generator).to(dtype).to(device)
+        results.append([out, first, *torch.autograd.grad(first, [logits, upstream], weight)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(
+        results[1][0], vf.reference.bernoulli_log_likelihood(logits, packed, packed=True)
+    )
+
+
+def test_packed_targets_are_shared_among_threads_at_any_bit():
+    generator = torch.Generator().manual_seed(8)
+    x = torch.rand((37, 1001), generator=generator) < 0.5
+    logits = torch.randn((37, 1001), generator=generator).requires_grad_()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        (packed,) = torch.autograd.grad(
+            vf.bernoulli_log_likelihood(logits, vf.pack_bits(x), packed=True).sum(), logits
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(packed, torch.autograd.grad(vf.bernoulli_log_likelihood(logits, x).sum(), logits)[0])
+
+
+def test_packed_targets_in_double_precision_and_in_a_compiled_graph(device):
+    torch._dynamo.reset()
+    logits = torch.randn(4, 13, dtype=torch.float64, device=device, requires_grad=True)
+    packed = vf.pack_bits(torch.rand(4, 13, device=device).round())
+
+    def loss(t):
+        return vf.bernoulli_log_likelihood(t, packed, packed=True)
+
+    assert gradcheck(loss, [logits]) and gradgradcheck(loss, [logits])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(
+        compiled(logits), vf.reference.bernoulli_log_likelihood(logits, packed, packed=True)
+    )
+
+
 z4, z5 = torch.zeros(2, 4), torch.zeros(2, 5)
+bytes1, bytes2 = torch.zeros(2, 1, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)
 REFUSALS = {
+    "packed target's width": (
+        lambda: vf.bernoulli_log_likelihood(z4, bytes2, packed=True),
+        ValueError,
+        r"x: got shape \[2, 2\], wanted .* logits, whose shape is \[2, 4\], with ceil\(D / 8\) bytes",
+    ),
+    "packed target's rows": (
+        lambda: vf.bernoulli_log_likelihood(torch.zeros(3, 4), bytes1, packed=True),
+        ValueError,
+        r"x: got shape \[2, 1\]",
+    ),
+    "packed target larger than logits": (
+        lambda: vf.bernoulli_log_likelihood(z4, bytes1[None], packed=True),
+        ValueError,
+        "x: got shape",
+    ),
+    "packed target's dtype": (
+        lambda: vf.bernoulli_log_likelihood(z4, z4, packed=True),
+        TypeError,
+        "x: got dtype Float, wanted uint8 with packed=True",
+    ),
+    "values to pack": (
+        lambda: vf.pack_bits(torch.tensor([0.0, 1.0, 0.5])),
+        ValueError,
+        "x: got the value 0.5, wanted 0 and 1",
+    ),
+    "NaN to pack": (lambda: vf.pack_bits(torch.tensor([float("nan")])), ValueError, "x: got the value nan"),
+    "nothing to pack": (lambda: vf.pack_bits(torch.tensor(True)), ValueError, "x: .* wanted \\[..., D\\]"),
     "shapes of mu and logvar": (
         lambda: vf.gaussian_kl(z4, z5),
         ValueError,

@@ -118,6 +118,19 @@ struct Chunk {
   }
 };
 
+// Elements of 0 and 1, eight to a byte.
+struct Bits {};
+
+template <int N>
+struct Chunk<Bits, N> {
+  unsigned bits;
+
+  template <class R>
+  __device__ __forceinline__ R get(int i) const {
+    return bits & (1u << i) ? R{1} : R{0};
+  }
+};
+
 // The n <= N elements at p; the rest are zero. With kVector n is N and p is aligned to kAccessBytes.
 template <bool kVector, int N, class T>
 __device__ __forceinline__ Chunk<T, N> load_chunk(const T* p, int n) {

@@ -39,7 +39,7 @@ const int64_t kRows[] = {0, 1, 2, 7};
 const DType kTypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
 
 const char* name_of(DType t) {
-  const char* names[] = {"f32", "f64", "f16", "bf16", "u8"};
+  const char* names[] = {"f32", "f64", "f16", "bf16", "u8", "bits"};
   return names[static_cast<int>(t)];
 }
 
@@ -206,11 +206,24 @@ class Tensors {
   Tensor& loss_input() { return make(loss_of(case_.dtype), case_.rows, Use::input).fill(symmetric); }
   Tensor& loss_output() { return make(loss_of(case_.dtype), case_.rows, Use::output); }
   Tensor& target(bool binary) {
+    if (case_.x_dtype == DType::bits) return packed_target();
     const bool hard = case_.x_dtype == DType::u8;
     return make(case_.x_dtype, case_.x_rows * case_.cols, Use::input).fill([=] {
       if (hard || (binary && uniform() < 0.5)) return uniform() < 0.5 ? 0.0 : 1.0;
       return binary ? uniform() : symmetric();
     });
+  }
+  // Bytes on the device, and their bits as its values. The unused bits of a row are drawn too: they must not matter.
+  Tensor& packed_target() {
+    const int64_t width = (case_.cols + 7) / 8;
+    Tensor& x = make(DType::u8, case_.x_rows * width, Use::input).fill([] { return std::floor(256 * uniform()); });
+    Values bits;
+    for (int64_t r = 0; r < case_.x_rows; ++r) {
+      for (int64_t c = 0; c < case_.cols; ++c)
+        bits.push_back(static_cast<int>(x.values[static_cast<size_t>(r * width + c / 8)]) >> c % 8 & 1);
+    }
+    x.values = bits;
+    return x;
   }
   const int64_t* seed(int64_t value) {
     all_.push_back(new Tensor(DType::f64, 1, false, Use::input));  // eight bytes; their meaning is the kernel's
@@ -649,6 +662,8 @@ void test(const Case& c, GaussianDoubleBackward) {
 template <class Args>
 concept HasTargets = requires(Args a) { a.x_rows; };
 template <class Args>
+concept TakesBits = HasTargets<Args> && !requires(Args a) { a.logvar; };
+template <class Args>
 concept HasSamples = requires(Args a) { a.samples; };
 
 bool one_of(int64_t value, std::initializer_list<int64_t> list) {
@@ -672,7 +687,8 @@ void run(const char* name) {
               if (samples == 1 || layout == Layout::aligned || cols < 128) test(c, Args{});
             }
           } else if constexpr (HasTargets<Args>) {
-            for (DType x_dtype : {dtype, DType::f32, DType::u8}) {
+            for (DType x_dtype : {dtype, DType::f32, DType::u8, DType::bits}) {
+              if (x_dtype == DType::bits && !TakesBits<Args>) continue;
               c.x_dtype = x_dtype;
               c.x_rows = rows == 7 ? 3 : rows;  // rows of x repeat, the last time not to the end
               if (x_dtype != DType::f32 || dtype != DType::f32 || layout == Layout::aligned) test(c, Args{});
