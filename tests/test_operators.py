@@ -536,3 +536,47 @@ class TestCuda:
         tail = torch.full((1, cols), 2.0)
         torch.testing.assert_close(out[-1:].cpu(), vf.bernoulli_log_likelihood(tail, x.cpu()))
         torch.testing.assert_close(out[0].cpu(), vf.bernoulli_log_likelihood(tail * 0, x.cpu())[0])
+
+    @pytest.mark.parametrize("cols", [4096 * 4, 4096 * 4 + 1, 2**20 + 3])  # one block, two segments, many
+    def test_wide_rows_keep_their_sum_alone_on_a_side_stream_and_in_a_graph(self, cols):
+        torch.manual_seed(0)
+        logits, x = 6 * torch.randn(3, cols), torch.rand(3, cols)
+        on_gpu, targets = logits.cuda(), x.cuda()
+        out = vf.bernoulli_log_likelihood(on_gpu, targets)
+        exact = vf.reference.bernoulli_log_likelihood(logits.double(), x.double())
+        torch.testing.assert_close(out.cpu().double(), exact, rtol=1e-6, atol=0)
+        assert torch.equal(out[:1], vf.bernoulli_log_likelihood(on_gpu[:1], targets[:1]))
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = vf.bernoulli_log_likelihood(on_gpu, targets)
+        for _ in range(2):
+            captured.zero_()
+            graph.replay()
+            assert torch.equal(captured, out)
+
+        stream = torch.cuda.Stream()
+        late = torch.zeros_like(on_gpu)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late.copy_(on_gpu)
+            on_stream = vf.bernoulli_log_likelihood(late, targets)
+        stream.synchronize()
+        assert torch.equal(on_stream, out)
+
+    def test_one_row_of_more_than_two_to_the_31_elements_and_its_gradient(self):
+        cols = 2**31 + 24
+        if torch.cuda.mem_get_info()[0] < 6 * cols:
+            pytest.skip("needs 13 GB of free GPU memory")
+        logits = torch.full((1, cols), -200.0, device="cuda", dtype=torch.bfloat16)
+        logits[0, -1] = 2.0
+        x = torch.zeros((1, cols // 8), device="cuda", dtype=torch.uint8)
+        exact = vf.bernoulli_log_likelihood(torch.tensor([[2.0]]), torch.zeros(1, 1))
+        out = vf.bernoulli_log_likelihood(logits, x, packed=True)  # all other terms are zero
+        torch.testing.assert_close(out.cpu(), exact)
+        grad = torch.ops.vae_fast.bernoulli_log_likelihood_backward(torch.ones_like(out), logits, x, True)
+        torch.testing.assert_close(
+            grad[0, -1].float().cpu(), -torch.sigmoid(torch.tensor(2.0)), rtol=4e-3, atol=0
+        )
+        assert not grad[0, :-1].any()
