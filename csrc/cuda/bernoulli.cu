@@ -37,7 +37,7 @@ struct Targets<Bits> {
   template <bool kVector, int N>
   __device__ Chunk<Bits, N> load(int64_t c, int) const {
     static_assert(8 % N == 0, "a chunk of bits lies within one byte");
-    return {static_cast<unsigned>(__ldg(row + (c >> 3))) >> (c & 7)};
+    return {static_cast<unsigned>(__ldg(row + (c >> 3))) >> (c & (8 - N))};  // c is a multiple of N
   }
 };
 

@@ -11,21 +11,22 @@ namespace vae_fast {
 namespace cuda {
 namespace {
 
-// logvar of a row, or the one value
+// logvar of a row, or the one value, read once
 template <class T, bool kOneLogvar>
 struct Logvar {
   const T* values;
+  T one;
 
   __device__ Logvar(const void* logvar, int64_t r, int64_t cols)
-      : values(kOneLogvar ? static_cast<const T*>(logvar) : row_of<T>(logvar, r, cols)) {}
+      : values(kOneLogvar ? nullptr : row_of<T>(logvar, r, cols)),
+        one(kOneLogvar ? *static_cast<const T*>(logvar) : T{}) {}
 
   template <bool kVector, int N>
   __device__ Chunk<T, N> load(int64_t c, int n) const {
     if constexpr (!kOneLogvar) return load_chunk<kVector, N>(values + c, n);
     Chunk<T, N> chunk = {};
-    const T value = *values;
 #pragma unroll
-    for (int j = 0; j < N; ++j) chunk.put(j, value);
+    for (int j = 0; j < N; ++j) chunk.put(j, one);
     return chunk;
   }
 };

@@ -125,9 +125,9 @@ template <int N>
 struct Chunk<Bits, N> {
   unsigned bits;
 
-  template <class R>
-  __device__ __forceinline__ R get(int i) const {
-    return bits & (1u << i) ? R{1} : R{0};
+  template <class>
+  __device__ __forceinline__ bool get(int i) const {
+    return bits >> i & 1;
   }
 };
 
