@@ -48,7 +48,7 @@ def calls(
     scalar = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
     hidden, weight = leaf(3, shape[0], 5), leaf(shape[1], 5)
     soft, hard = torch.rand(shape, device=device), torch.rand(shape, device=device) < 0.5
-    seed = torch.tensor([11], device=device)
+    bits, seed = vf.pack_bits(hard), torch.tensor([11], device=device)
     return [
         lambda: second_order([vf.gaussian_kl(mu, logvar)], [mu, logvar]),
         lambda: second_order([vf.reparameterize(mu, logvar, seed=seed)], [mu, logvar]),
@@ -59,6 +59,7 @@ def calls(
         lambda: second_order([vf.bernoulli_log_likelihood(several, hard)], [several]),
         lambda: fused_layer(hidden, weight, soft),
         lambda: fused_layer(hidden, weight, hard),
+        lambda: second_order([vf.bernoulli_log_likelihood(several, bits, packed=True)], [several]),
         lambda: second_order([vf.gaussian_log_likelihood(mu, logvar, soft)], [mu, logvar]),
         lambda: second_order([vf.gaussian_log_likelihood(several, scalar, soft)], [several, scalar]),
         lambda: second_order([vf.elbo(several, hard, mu, logvar).elbo], [several, mu, logvar]),

@@ -99,7 +99,12 @@ void launch(const char* name, const Tensor& on, const Args& args) {
   if (on.is_cpu()) return cpu::launch(args);
 #ifdef VAE_FAST_WITH_CUDA
   const c10::DeviceGuard guard(on.device());
-  const int error = cuda::launch(args, c10::cuda::getCurrentCUDAStream(on.get_device()).stream());
+  Tensor memory;  // freed in the order of the stream
+  const auto workspace = [&](size_t bytes) {
+    memory = at::empty({static_cast<int64_t>(bytes)}, on.options().dtype(at::kByte));
+    return memory.data_ptr();
+  };
+  const int error = cuda::launch(args, c10::cuda::getCurrentCUDAStream(on.get_device()).stream(), workspace);
   TORCH_CHECK(error == 0, name, ": the CUDA launch failed: ", cuda::error_string(error));
 #else
   TORCH_CHECK(false, name, ": got a tensor on ", on.device(),

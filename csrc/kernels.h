@@ -5,11 +5,13 @@
 // row ("loss" below: one value per datapoint) are float, or double where dtype is f64. Arithmetic is done in that type.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 
 namespace vae_fast {
 
-enum class DType : int8_t { f32, f64, f16, bf16, u8 };
+enum class DType : int8_t { f32, f64, f16, bf16, u8, bits };  // bits: eight to a byte, the first in the lowest bit
 
 // kl[r] = sum_c KL(N(mu, exp(logvar)) || N(0, 1))
 struct GaussianKLForward {
@@ -94,10 +96,10 @@ struct PhiloxNormal {
 // log_likelihood[r] = sum_c log Bernoulli(x[r mod x_rows, c]; sigmoid(logits[r, c]))
 struct BernoulliForward {
   DType dtype;    // of logits
-  DType x_dtype;  // dtype, f32, or u8 (values 0 and 1; bool is u8)
+  DType x_dtype;  // dtype, f32, u8 (values 0 and 1; bool is u8), or bits
   int64_t rows, x_rows, cols;
   const void* logits;    // [rows, cols]
-  const void* x;         // [x_rows, cols]
+  const void* x;         // [x_rows, cols], or bits [x_rows, ceil(cols / 8)] of bytes
   void* log_likelihood;  // [rows] loss
 };
 
@@ -125,18 +127,19 @@ struct BernoulliDoubleBackward {
 
 // A tile of a decoder's last linear layer, some of its rows and outputs: with l = tile[r, c] + bias[c] and
 // t = x[(first_row + r) mod x_rows, c],
-//   log_likelihood[r] += sum_c log Bernoulli(t; sigmoid(l))    and    tile[r, c] = grad[r] (t - sigmoid(l))
+//   log_likelihood[r] = sum_c log Bernoulli(t; sigmoid(l))    and    tile[r, c] = grad[r] (t - sigmoid(l))
 struct BernoulliTile {
   DType dtype, x_dtype;
   int64_t rows, cols;  // of the tile
   int64_t first_row, x_rows;
-  int64_t x_stride;        // elements from a row of x to the next
-  bool wants_grad;         // whether the tile is overwritten
-  const void* x;           // [x_rows, cols]
-  const void* bias;        // [cols]
-  const void* grad;        // [rows] loss, or null for ones
-  double* log_likelihood;  // [rows], or null
-  void* tile;              // [rows, cols]
+  int64_t x_stride;           // elements from a row of x to the next
+  bool wants_log_likelihood;  // or else what it holds afterwards means nothing
+  bool wants_grad;            // whether the tile is overwritten
+  const void* x;              // [x_rows, cols]
+  const void* bias;           // [cols]
+  const void* grad;           // [rows] loss, or null for ones
+  void* log_likelihood;       // [rows] loss
+  void* tile;                 // [rows, cols]
 };
 
 // log_likelihood[r] = sum_c log N(x[r mod x_rows, c]; mean[r, c], exp(logvar)); logvar has the shape of mean, or is one
@@ -205,8 +208,12 @@ const char* capability();  // the instruction set in use: "avx512", "avx2" or "p
 }  // namespace cpu
 
 namespace cuda {
+// Gives memory of the current device that stays until the launched work on its stream is done. Asked for at most once
+// in a launch, and only where rows are so wide that several blocks sum one (csrc/cuda/rows.cuh).
+using Workspace = std::function<void*(size_t bytes)>;
+
 // Launches on `stream` (a cudaStream_t) of the current device; returns a cudaError_t, 0 for success.
-#define VAE_FAST_DECLARE(Args) int launch(const Args& args, void* stream);
+#define VAE_FAST_DECLARE(Args) int launch(const Args& args, void* stream, const Workspace& workspace);
 VAE_FAST_FOR_EACH_KERNEL(VAE_FAST_DECLARE)
 #undef VAE_FAST_DECLARE
 const char* error_string(int error);

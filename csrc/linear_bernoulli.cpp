@@ -116,6 +116,7 @@ Sums pass(const char* name, const Layer& layer, const Tensor& grad, bool wants_l
   const int64_t block_cols = part(outputs, elements / some_rows);
   const int64_t block_rows = part(rows, elements / block_cols);
   const Tensor buffer = at::empty({std::min(block_rows, rows) * std::min(block_cols, outputs)}, h.options());
+  const Tensor row_sums = at::empty({std::min(block_rows, rows)}, h.options().dtype(real));
 
   for (int64_t c = 0; c < outputs && rows > 0; c += block_cols) {
     const int64_t n = std::min(block_cols, outputs - c);
@@ -131,11 +132,11 @@ Sums pass(const char* name, const Layer& layer, const Tensor& grad, bool wants_l
       const Tensor h_block = h.narrow(0, r, m);
       at::mm_out(tile, h_block, weight.t());
       const Tensor row_grad = grad.defined() ? grad.narrow(0, r, m) : Tensor();
-      const Tensor row_sum = wants_log_likelihood ? sums.log_likelihood.narrow(0, r, m) : Tensor();
       launch(name, h,
-             BernoulliTile{dtype_of(type), dtype_of(target.scalar_type()), m, n, r, x_rows, target.stride(0), needs_any,
-                           pointer(target), pointer(bias_block), pointer(row_grad),
-                           static_cast<double*>(pointer(row_sum)), pointer(tile)});
+             BernoulliTile{dtype_of(type), dtype_of(target.scalar_type()), m, n, r, x_rows, target.stride(0),
+                           wants_log_likelihood, needs_any, pointer(target), pointer(bias_block), pointer(row_grad),
+                           pointer(row_sums), pointer(tile)});
+      if (wants_log_likelihood) sums.log_likelihood.narrow(0, r, m).add_(row_sums.narrow(0, 0, m));
       if (needs[0]) add_product(sums.grad_h.narrow(0, r, m), tile, weight);
       if (needs[1]) add_product(grad_weight, tile.t(), h_block);
       if (needs[2]) sums.grad_bias.narrow(0, c, n).add_(tile.sum({0}, false, real));

@@ -13,6 +13,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
@@ -55,6 +56,25 @@ void check_target(const Tensor& x, const char* output_name, const Tensor& output
   check_device("x", x, output_name, output);
 }
 
+// x [..., ceil(D / 8)] of packed bits
+void check_packed_target(const Tensor& x, const Tensor& logits) {
+  check_floating("logits", logits);
+  check_has_features("logits", logits);
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kByte, "x: got dtype ", x.scalar_type(),
+                   ", wanted uint8 with packed=True, as pack_bits makes it");
+  const auto sizes = logits.sym_sizes();
+  c10::SymDimVector wanted(sizes.end() - std::min(x.dim(), logits.dim()), sizes.end());
+  if (!wanted.empty()) wanted.back() = (wanted.back() + 7) / 8;
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.sym_sizes() == c10::SymIntArrayRef(wanted), "x: got shape ", x.sym_sizes(),
+                    ", wanted the last dimensions of logits, whose shape is ", sizes,
+                    ", with ceil(D / 8) bytes in the last one, for packed=True");
+  check_device("x", x, "logits", logits);
+}
+
+void check_bernoulli(const Tensor& logits, const Tensor& x, bool packed) {
+  packed ? check_packed_target(x, logits) : check_target(x, "logits", logits);
+}
+
 // --- what kernel functions need, beside that of checks.h -------------------------------------------------------------
 
 Tensor empty_contiguous(const Tensor& t) { return empty(t.sym_sizes(), t, t.scalar_type()); }
@@ -68,6 +88,8 @@ Tensor kernel_target(const Tensor& x, const Tensor& output) {
   if (x.scalar_type() == at::kByte || x.scalar_type() == output.scalar_type()) return x.contiguous();
   return x.to(loss_type(output)).contiguous();
 }
+
+DType target_type(const Tensor& x, bool packed) { return packed ? DType::bits : dtype_of(x.scalar_type()); }
 
 // --- one function per operator, for every device ---------------------------------------------------------------------
 
@@ -218,42 +240,42 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_kl_double_backward(const Tensor& ggr
   return {ggrad_kl, grad_mu, grad_logvar};
 }
 
-Tensor bernoulli_log_likelihood_forward(const Tensor& logits, const Tensor& x) {
-  check_target(x, "logits", logits);
+Tensor bernoulli_log_likelihood_forward(const Tensor& logits, const Tensor& x, bool packed) {
+  check_bernoulli(logits, x, packed);
   Tensor out = empty_loss(logits);
   if (logits.is_meta() || out.numel() == 0) return out;
   const Tensor l = logits.contiguous(), t = kernel_target(x, logits);
   launch("bernoulli_log_likelihood", logits,
-         BernoulliForward{dtype_of(l.scalar_type()), dtype_of(t.scalar_type()), rows_of(l), rows_of(t), cols_of(l),
+         BernoulliForward{dtype_of(l.scalar_type()), target_type(t, packed), rows_of(l), rows_of(t), cols_of(l),
                           pointer(l), pointer(t), pointer(out)});
   return out;
 }
 
-Tensor bernoulli_log_likelihood_backward(const Tensor& grad, const Tensor& logits, const Tensor& x) {
-  check_target(x, "logits", logits);
+Tensor bernoulli_log_likelihood_backward(const Tensor& grad, const Tensor& logits, const Tensor& x, bool packed) {
+  check_bernoulli(logits, x, packed);
   check_loss_grad("grad", grad, logits);
   Tensor grad_logits = empty_contiguous(logits);
   if (logits.is_meta() || logits.numel() == 0) return grad_logits;
   const Tensor g = grad.contiguous(), l = logits.contiguous(), t = kernel_target(x, logits);
   launch("bernoulli_log_likelihood_backward", logits,
-         BernoulliBackward{dtype_of(l.scalar_type()), dtype_of(t.scalar_type()), rows_of(l), rows_of(t), cols_of(l),
+         BernoulliBackward{dtype_of(l.scalar_type()), target_type(t, packed), rows_of(l), rows_of(t), cols_of(l),
                            pointer(g), pointer(l), pointer(t), pointer(grad_logits)});
   return grad_logits;
 }
 
 std::tuple<Tensor, Tensor> bernoulli_log_likelihood_double_backward(const Tensor& ggrad_logits, const Tensor& grad,
-                                                                    const Tensor& logits, const Tensor& x) {
-  check_target(x, "logits", logits);
+                                                                    const Tensor& logits, const Tensor& x,
+                                                                    bool packed) {
+  check_bernoulli(logits, x, packed);
   check_loss_grad("grad", grad, logits);
   check_same("ggrad_logits", ggrad_logits, "logits", logits);
   Tensor ggrad = empty_loss(logits), grad_logits = empty_contiguous(logits);
   if (logits.is_meta() || ggrad.numel() == 0) return {ggrad, grad_logits};
   const Tensor v = ggrad_logits.contiguous(), g = grad.contiguous(), l = logits.contiguous(),
                t = kernel_target(x, logits);
-  launch(
-      "bernoulli_log_likelihood_double_backward", logits,
-      BernoulliDoubleBackward{dtype_of(l.scalar_type()), dtype_of(t.scalar_type()), rows_of(l), rows_of(t), cols_of(l),
-                              pointer(v), pointer(g), pointer(l), pointer(t), pointer(ggrad), pointer(grad_logits)});
+  launch("bernoulli_log_likelihood_double_backward", logits,
+         BernoulliDoubleBackward{dtype_of(l.scalar_type()), target_type(t, packed), rows_of(l), rows_of(t), cols_of(l),
+                                 pointer(v), pointer(g), pointer(l), pointer(t), pointer(ggrad), pointer(grad_logits)});
   return {ggrad, grad_logits};
 }
 
@@ -495,34 +517,40 @@ struct ReparameterizeWithKLBackward : Function<ReparameterizeWithKLBackward> {
 
 // log p is linear in x, so grad_target serves its gradient and that of its gradient.
 struct BernoulliLogLikelihood : Function<BernoulliLogLikelihood> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& x) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& x, bool packed) {
     BelowAutograd guard;
+    ctx->saved_data["packed"] = packed;
     ctx->save_for_backward({logits, x});
-    return dispatched::bernoulli_log_likelihood_forward(logits, x);
+    return dispatched::bernoulli_log_likelihood_forward(logits, x, packed);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &logits = saved[0], &x = saved[1];
+    const bool packed = ctx->saved_data["packed"].toBool();
     Tensor grad_logits, grad_x;
-    if (ctx->needs_input_grad(0)) grad_logits = dispatched::bernoulli_log_likelihood_backward(grads[0], logits, x);
+    if (ctx->needs_input_grad(0))
+      grad_logits = dispatched::bernoulli_log_likelihood_backward(grads[0], logits, x, packed);
     if (ctx->needs_input_grad(1)) grad_x = grad_target(grads[0].unsqueeze(-1) * logits, x);
-    return {grad_logits, grad_x};
+    return {grad_logits, grad_x, Tensor()};
   }
 };
 
 struct BernoulliLogLikelihoodBackward : Function<BernoulliLogLikelihoodBackward> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& logits, const Tensor& x) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& logits, const Tensor& x, bool packed) {
     BelowAutograd guard;
+    ctx->saved_data["packed"] = packed;
     ctx->save_for_backward({grad, logits, x});
-    return dispatched::bernoulli_log_likelihood_backward(grad, logits, x);
+    return dispatched::bernoulli_log_likelihood_backward(grad, logits, x, packed);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &grad = saved[0], &logits = saved[1], &x = saved[2];
-    const auto [ggrad, grad_logits] = dispatched::bernoulli_log_likelihood_double_backward(grads[0], grad, logits, x);
+    const bool packed = ctx->saved_data["packed"].toBool();
+    const auto [ggrad, grad_logits] =
+        dispatched::bernoulli_log_likelihood_double_backward(grads[0], grad, logits, x, packed);
     Tensor grad_x;
     if (ctx->needs_input_grad(2)) grad_x = grad_target(grads[0] * grad.unsqueeze(-1), x);
-    return {ggrad, grad_logits, grad_x};
+    return {ggrad, grad_logits, grad_x, Tensor()};
   }
 };
 
@@ -591,11 +619,11 @@ std::tuple<Tensor, Tensor> reparameterize_with_kl_backward(const optional<Tensor
                                                            const Tensor& logvar, const Tensor& seed, Needs needs) {
   return pair(ReparameterizeWithKLBackward::apply(grad_z, grad_kl, mu, logvar, seed, needs));
 }
-Tensor bernoulli_log_likelihood_forward(const Tensor& logits, const Tensor& x) {
-  return BernoulliLogLikelihood::apply(logits, x);
+Tensor bernoulli_log_likelihood_forward(const Tensor& logits, const Tensor& x, bool packed) {
+  return BernoulliLogLikelihood::apply(logits, x, packed);
 }
-Tensor bernoulli_log_likelihood_backward(const Tensor& grad, const Tensor& logits, const Tensor& x) {
-  return BernoulliLogLikelihoodBackward::apply(grad, logits, x);
+Tensor bernoulli_log_likelihood_backward(const Tensor& grad, const Tensor& logits, const Tensor& x, bool packed) {
+  return BernoulliLogLikelihoodBackward::apply(grad, logits, x, packed);
 }
 Tensor gaussian_log_likelihood_forward(const Tensor& mean, const Tensor& logvar, const Tensor& x) {
   return GaussianLogLikelihood::apply(mean, logvar, x);
@@ -675,11 +703,11 @@ TORCH_LIBRARY(vae_fast, m) {
       " -> (Tensor, Tensor, Tensor)",
       tags);
 
-  m.def("bernoulli_log_likelihood_forward(Tensor logits, Tensor x) -> Tensor", tags);
-  m.def("bernoulli_log_likelihood_backward(Tensor grad, Tensor logits, Tensor x) -> Tensor", tags);
+  m.def("bernoulli_log_likelihood_forward(Tensor logits, Tensor x, bool packed=False) -> Tensor", tags);
+  m.def("bernoulli_log_likelihood_backward(Tensor grad, Tensor logits, Tensor x, bool packed=False) -> Tensor", tags);
   m.def(
-      "bernoulli_log_likelihood_double_backward(Tensor ggrad_logits, Tensor grad, Tensor logits, Tensor x)"
-      " -> (Tensor, Tensor)",
+      "bernoulli_log_likelihood_double_backward(Tensor ggrad_logits, Tensor grad, Tensor logits, Tensor x,"
+      " bool packed=False) -> (Tensor, Tensor)",
       tags);
 
   m.def("gaussian_log_likelihood_forward(Tensor mean, Tensor logvar, Tensor x) -> Tensor", tags);

@@ -211,6 +211,30 @@ arch = sm_90a
     assert kernel.spilled is None and "-" in resources.table([kernel])
 
 
+SASS = """\
+		Function : void vae_fast::cuda::rows_kernel<vae_fast::cuda::Map<float, Bits, true> >(long)
+        /*0000*/                   LDG.E R1, desc[UR4][R2.64] ;
+        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.U8.CONSTANT R3, desc[UR4][R2.64] ;
+        /*0030*/                   FADD R4, R4, 1 ;
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0050*/              @!P0 BRA 0x10 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70;
+"""
+
+
+def test_the_machine_code_is_read() -> None:
+    name = "Map<float, Bits, true>"
+    (kernel,) = resources.with_machine_code("a.cu", [resources.Kernel("a.cu", name, 64, 0, 0, 0)], SASS)
+    assert kernel.accesses == (1, 16, 16)  # of the loop, not the constant before it
+    assert kernel.instructions == 5 / 4
+    assert kernel.problem == ""  # bits take one access of a byte
+    narrow = SASS.replace("LDG.E.128", "LDG.E.64")
+    (kernel,) = resources.with_machine_code("a.cu", [resources.Kernel("a.cu", name, 64, 0, 0, 0)], narrow)
+    assert kernel.problem == "accesses of [8] bytes" and "accesses of [8]" in resources.table([kernel])
+
+
 @pytest.mark.slow
 def test_the_program_for_sanitizers_calls_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
     every_operator.main(["--device", "cpu"])

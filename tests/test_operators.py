@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from operators import CASES
@@ -66,6 +67,7 @@ def samples(device):
     given = [t.detach() for t in (h, weight, bias)]  # for operators without derivatives
     both = [True, True]
     v = randn(2, 4, 6)
+    packed = vf.pack_bits(x.round())
     return [
         (ops.philox_normal, ([4, 6], seed, torch.float32)),
         (ops.reparameterize_forward, (mu, logvar, seed, None)),
@@ -81,7 +83,9 @@ def samples(device):
         (ops.gaussian_kl_double_backward, (randn(4, 6), randn(4, 6), randn(4), randn(4, 6), randn(4, 6))),
         (ops.bernoulli_log_likelihood_forward, (logits, x)),
         (ops.bernoulli_log_likelihood_forward, (logits, x.round().bool())),
+        (ops.bernoulli_log_likelihood_forward, (logits, packed, True)),
         (ops.bernoulli_log_likelihood_backward, (loss2, logits, x)),
+        (ops.bernoulli_log_likelihood_backward, (loss2, logits, packed, True)),
         (ops.bernoulli_log_likelihood_double_backward, (v, randn(2, 4), randn(2, 4, 6), x)),
         (ops.linear_bernoulli_log_likelihood_forward, (h, weight, bias, x)),
         (ops.linear_bernoulli_log_likelihood_forward, (h, weight, None, x.round().bool())),
@@ -89,6 +93,7 @@ def samples(device):
         (ops.linear_bernoulli_log_likelihood_sum, (h, weight, bias, x)),
         (ops.linear_bernoulli_log_likelihood_sum, (h, weight, None, x)),
         (ops.linear_bernoulli_log_likelihood_sum_and_grads, (*given, x, [True, True, False])),
+        (ops.bernoulli_log_likelihood_double_backward, (v, randn(2, 4), randn(2, 4, 6), packed, True)),
         (ops.gaussian_log_likelihood_forward, (logits, randn(2, 4, 6, grad=True), x)),
         (ops.gaussian_log_likelihood_forward, (logits, randn(grad=True), x)),
         (ops.gaussian_log_likelihood_backward, (loss2, logits, randn(2, 4, 6, grad=True), x, both)),
@@ -97,7 +102,7 @@ def samples(device):
     ]
 
 
-@pytest.mark.parametrize("index", range(27))
+@pytest.mark.parametrize("index", range(30))
 def test_opcheck(index, device):
     op, args = samples(device)[index]
     torch.library.opcheck(op.default, args)
@@ -351,8 +356,92 @@ def test_a_variance_may_be_broadcast(device):
     torch.testing.assert_close(grad, exact)
 
 
+@pytest.mark.parametrize("width", [1, 7, 8, 20, 37, 784, 1025])
+def test_packed_targets_give_the_same_bits(width, dtype, device):
+    generator = torch.Generator().manual_seed(6)
+    x = (torch.rand((5, width), generator=generator) < 0.4).to(device)
+    packed = vf.pack_bits(x)
+    assert torch.equal(
+        packed.cpu(), torch.from_numpy(numpy.packbits(x.cpu().numpy(), axis=-1, bitorder="little"))
+    )
+    if width % 8:
+        packed[..., -1] |= 1 << 7  # an unused bit: ignored
+    results = []
+    for target, options in ((x, {}), (packed, {"packed": True})):
+        generator.manual_seed(7)
+        logits = (6 * torch.randn((3, 5, width), generator=generator)).to(dtype).to(device).requires_grad_()
+        out = vf.bernoulli_log_likelihood(logits, target, **options)
+        upstream = torch.randn(out.shape, generator=generator).to(device).requires_grad_()
+        (first,) = torch.autograd.grad(out, logits, upstream, create_graph=True)
+        weight = torch.randn(first.shape, generator=generator).to(dtype).to(device)
+        results.append([out, first, *torch.autograd.grad(first, [logits, upstream], weight)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(
+        results[1][0], vf.reference.bernoulli_log_likelihood(logits, packed, packed=True)
+    )
+
+
+def test_packed_targets_are_shared_among_threads_at_any_bit():
+    generator = torch.Generator().manual_seed(8)
+    x = torch.rand((37, 1001), generator=generator) < 0.5
+    logits = torch.randn((37, 1001), generator=generator).requires_grad_()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        (packed,) = torch.autograd.grad(
+            vf.bernoulli_log_likelihood(logits, vf.pack_bits(x), packed=True).sum(), logits
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(packed, torch.autograd.grad(vf.bernoulli_log_likelihood(logits, x).sum(), logits)[0])
+
+
+def test_packed_targets_in_double_precision_and_in_a_compiled_graph(device):
+    torch._dynamo.reset()
+    logits = torch.randn(4, 13, dtype=torch.float64, device=device, requires_grad=True)
+    packed = vf.pack_bits(torch.rand(4, 13, device=device).round())
+
+    def loss(t):
+        return vf.bernoulli_log_likelihood(t, packed, packed=True)
+
+    assert gradcheck(loss, [logits]) and gradgradcheck(loss, [logits])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(
+        compiled(logits), vf.reference.bernoulli_log_likelihood(logits, packed, packed=True)
+    )
+
+
 z4, z5 = torch.zeros(2, 4), torch.zeros(2, 5)
+bytes1, bytes2 = torch.zeros(2, 1, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)
 REFUSALS = {
+    "packed target's width": (
+        lambda: vf.bernoulli_log_likelihood(z4, bytes2, packed=True),
+        ValueError,
+        r"x: got shape \[2, 2\], wanted .* logits, whose shape is \[2, 4\], with ceil\(D / 8\) bytes",
+    ),
+    "packed target's rows": (
+        lambda: vf.bernoulli_log_likelihood(torch.zeros(3, 4), bytes1, packed=True),
+        ValueError,
+        r"x: got shape \[2, 1\]",
+    ),
+    "packed target larger than logits": (
+        lambda: vf.bernoulli_log_likelihood(z4, bytes1[None], packed=True),
+        ValueError,
+        "x: got shape",
+    ),
+    "packed target's dtype": (
+        lambda: vf.bernoulli_log_likelihood(z4, z4, packed=True),
+        TypeError,
+        "x: got dtype Float, wanted uint8 with packed=True",
+    ),
+    "values to pack": (
+        lambda: vf.pack_bits(torch.tensor([0.0, 1.0, 0.5])),
+        ValueError,
+        "x: got the value 0.5, wanted 0 and 1",
+    ),
+    "NaN to pack": (lambda: vf.pack_bits(torch.tensor([float("nan")])), ValueError, "x: got the value nan"),
+    "nothing to pack": (lambda: vf.pack_bits(torch.tensor(True)), ValueError, "x: .* wanted \\[..., D\\]"),
     "shapes of mu and logvar": (
         lambda: vf.gaussian_kl(z4, z5),
         ValueError,
@@ -486,3 +575,47 @@ class TestCuda:
         tail = torch.full((1, cols), 2.0)
         torch.testing.assert_close(out[-1:].cpu(), vf.bernoulli_log_likelihood(tail, x.cpu()))
         torch.testing.assert_close(out[0].cpu(), vf.bernoulli_log_likelihood(tail * 0, x.cpu())[0])
+
+    @pytest.mark.parametrize("cols", [4096 * 4, 4096 * 4 + 1, 2**20 + 3])  # one block, two segments, many
+    def test_wide_rows_keep_their_sum_alone_on_a_side_stream_and_in_a_graph(self, cols):
+        torch.manual_seed(0)
+        logits, x = 6 * torch.randn(3, cols), torch.rand(3, cols)
+        on_gpu, targets = logits.cuda(), x.cuda()
+        out = vf.bernoulli_log_likelihood(on_gpu, targets)
+        exact = vf.reference.bernoulli_log_likelihood(logits.double(), x.double())
+        torch.testing.assert_close(out.cpu().double(), exact, rtol=1e-6, atol=0)
+        assert torch.equal(out[:1], vf.bernoulli_log_likelihood(on_gpu[:1], targets[:1]))
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = vf.bernoulli_log_likelihood(on_gpu, targets)
+        for _ in range(2):
+            captured.zero_()
+            graph.replay()
+            assert torch.equal(captured, out)
+
+        stream = torch.cuda.Stream()
+        late = torch.zeros_like(on_gpu)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late.copy_(on_gpu)
+            on_stream = vf.bernoulli_log_likelihood(late, targets)
+        stream.synchronize()
+        assert torch.equal(on_stream, out)
+
+    def test_one_row_of_more_than_two_to_the_31_elements_and_its_gradient(self):
+        cols = 2**31 + 24
+        if torch.cuda.mem_get_info()[0] < 6 * cols:
+            pytest.skip("needs 13 GB of free GPU memory")
+        logits = torch.full((1, cols), -200.0, device="cuda", dtype=torch.bfloat16)
+        logits[0, -1] = 2.0
+        x = torch.zeros((1, cols // 8), device="cuda", dtype=torch.uint8)
+        exact = vf.bernoulli_log_likelihood(torch.tensor([[2.0]]), torch.zeros(1, 1))
+        out = vf.bernoulli_log_likelihood(logits, x, packed=True)  # all other terms are zero
+        torch.testing.assert_close(out.cpu(), exact)
+        grad = torch.ops.vae_fast.bernoulli_log_likelihood_backward(torch.ones_like(out), logits, x, True)
+        torch.testing.assert_close(
+            grad[0, -1].float().cpu(), -torch.sigmoid(torch.tensor(2.0)), rtol=4e-3, atol=0
+        )
+        assert not grad[0, :-1].any()

@@ -30,6 +30,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_log_likelihood",
     "linear_bernoulli_log_likelihood",
+    "pack_bits",
     "philox_normal",
     "reparameterize",
     "reparameterize_with_kl",
@@ -108,7 +109,9 @@ def reparameterize_with_kl(
     return z, kl
 
 
-def bernoulli_log_likelihood(logits: Tensor, x: Tensor, *, reduction: str = "none") -> Tensor:
+def bernoulli_log_likelihood(
+    logits: Tensor, x: Tensor, *, reduction: str = "none", packed: bool = False
+) -> Tensor:
     """log p(x|z) = sum_i x_i log y_i + (1 - x_i) log(1 - y_i), y = sigmoid(logits) (equation 11).
 
     Finite, with exact gradients, for logits of any size. ``-bernoulli_log_likelihood`` is the binary
@@ -116,8 +119,10 @@ def bernoulli_log_likelihood(logits: Tensor, x: Tensor, *, reduction: str = "non
 
     Args:
         logits: ``[..., D]``; may carry latent samples in front: ``[L, ..., D]`` against x ``[..., D]``.
-        x: ``[..., D]``, floating-point in [0, 1] (soft targets are legal), or uint8 of 0 and 1, or bool.
+        x: ``[..., D]``, floating-point in [0, 1] (soft targets are legal), or uint8 of 0 and 1, or bool; with
+            ``packed`` uint8 ``[..., ceil(D / 8)]`` from :func:`pack_bits`, an eighth of the memory.
         reduction: "none" gives one value per datapoint (and sample); "mean" and "sum" reduce over those.
+        packed: x holds eight targets to a byte. The result has the same bits as without.
 
     Returns:
         log p(x|z), ``[...]`` of logits, in nats, or a scalar.
@@ -125,7 +130,35 @@ def bernoulli_log_likelihood(logits: Tensor, x: Tensor, *, reduction: str = "non
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or an unknown reduction.
     """
-    return reduce(_ops.bernoulli_log_likelihood_forward(logits, x), reduction)
+    return reduce(_ops.bernoulli_log_likelihood_forward(logits, x, packed), reduction)
+
+
+def pack_bits(x: Tensor) -> Tensor:
+    """Binary targets, eight to a byte, for :func:`bernoulli_log_likelihood` with ``packed=True``.
+
+    Bit j of byte k is feature 8 k + j, as in ``numpy.packbits(x, axis=-1, bitorder="little")``; the unused
+    bits of the last byte are zero.
+
+    Args:
+        x: ``[..., D]``, bool, or of any other dtype with the values 0 and 1 alone. On a GPU checking them
+            waits for the device.
+
+    Returns:
+        uint8 ``[..., ceil(D / 8)]`` on the device of x.
+
+    Raises:
+        ValueError: x has no dimensions, or holds a value other than 0 and 1.
+    """
+    if x.dim() == 0:
+        raise ValueError("x: got a tensor without dimensions, wanted [..., D]")
+    if x.dtype != torch.bool:
+        other = (x != 0) & (x != 1)  # NaN among them
+        if other.any():
+            raise ValueError(f"x: got the value {x[other][0].item()}, wanted 0 and 1 alone")
+    width = (x.shape[-1] + 7) // 8
+    bits = torch.nn.functional.pad(x.to(torch.uint8), (0, 8 * width - x.shape[-1]))
+    bits = bits.reshape(*x.shape[:-1], width, 8) << torch.arange(8, dtype=torch.uint8, device=x.device)
+    return bits.sum(-1, dtype=torch.uint8)
 
 
 def linear_bernoulli_log_likelihood(

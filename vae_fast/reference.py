@@ -145,9 +145,17 @@ def reparameterize_with_kl(
     return z, gaussian_kl(mu, logvar)
 
 
-def bernoulli_log_likelihood(logits: Tensor, x: Tensor, *, reduction: str = "none") -> Tensor:
-    """log p(x|z) = sum_i x_i log y_i + (1 - x_i) log(1 - y_i), y = sigmoid(logits) (equation 11)."""
+def bernoulli_log_likelihood(
+    logits: Tensor, x: Tensor, *, reduction: str = "none", packed: bool = False
+) -> Tensor:
+    """log p(x|z) = sum_i x_i log y_i + (1 - x_i) log(1 - y_i), y = sigmoid(logits) (equation 11).
+
+    packed: bit j of byte k of x is feature 8 k + j.
+    """
     dtype = loss_dtype(logits.dtype)
+    if packed:
+        bits = (x.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1
+        x = bits.flatten(-2)[..., : logits.shape[-1]]
     nll = torch.nn.functional.binary_cross_entropy_with_logits(
         logits.to(dtype), x.to(dtype).expand(logits.shape), reduction="none"
     )

@@ -76,6 +76,7 @@ VAE_FAST_INLINE void with_type(DType dtype, F f) {
     case DType::bf16:
       return f(BF16{});
     case DType::u8:
+    case DType::bits:
       return;
   }
 }
@@ -88,6 +89,13 @@ VAE_FAST_INLINE void with_types(DType dtype, DType x_dtype, F f) {
     if (x_dtype == dtype) return f(t, t);
     f(t, float{});
   });
+}
+
+// The same where x may also be packed, eight elements to a byte.
+template <class F>
+VAE_FAST_INLINE void with_targets(DType dtype, DType x_dtype, F f) {
+  if (x_dtype == DType::bits) return with_type(dtype, [&](auto t) { f(t, Bits{}); });
+  with_types(dtype, x_dtype, f);
 }
 
 // --- Gaussian KL -----------------------------------------------------------------------------------------------------
@@ -330,13 +338,22 @@ VAE_FAST_INLINE double bernoulli_row_sum(int64_t cols, Add add) {
       });
 }
 
+// Row r of the targets: something to add an index to and load from
+template <class X>
+VAE_FAST_INLINE const X* target_row(const X* x, int64_t r, int64_t cols) {
+  return x + r * cols;
+}
+VAE_FAST_INLINE Bits target_row(const Bits* x, int64_t r, int64_t cols) {
+  return {reinterpret_cast<const uint8_t*>(x) + r * ((cols + 7) / 8), 0};
+}
+
 template <class T, class X>
 void bernoulli_forward(const BernoulliForward& a, int64_t begin, int64_t end) {
   using V = Vector<T>;
   using M = Memory<V>;
   for (int64_t r = begin; r < end; ++r) {
     const T* logits = static_cast<const T*>(a.logits) + r * a.cols;
-    const X* x = static_cast<const X*>(a.x) + (r % a.x_rows) * a.cols;
+    const auto x = target_row(static_cast<const X*>(a.x), r % a.x_rows, a.cols);
     double sum = bernoulli_row_sum<V>(a.cols, [&](BernoulliSum<V>& group, int64_t c, int64_t n) {
       group.add(M::load(logits + c, n), M::load(x + c, n));
     });
@@ -352,7 +369,8 @@ void bernoulli_backward(const BernoulliBackward& a, int64_t begin, int64_t end) 
   T* grad_logits = static_cast<T*>(a.grad_logits);
   for_each_row_segment(begin, end, a.cols, [&](int64_t row, int64_t first, int64_t last) {
     Scalar<T> g = static_cast<const Scalar<T>*>(a.grad)[row];
-    const X* x = static_cast<const X*>(a.x) + (row % a.x_rows - row) * a.cols;  // so that x[i] stands beside logits[i]
+    // so that x + i stands beside logits + i
+    const auto x = target_row(static_cast<const X*>(a.x), row % a.x_rows, a.cols) + -row * a.cols;
     for_each_vector<V>(first, last, [&](int64_t i, int64_t n) {
       M::store(grad_logits + i, g * bernoulli_grad_logit(M::load(logits + i, n), M::load(x + i, n)), n);
     });
@@ -366,7 +384,7 @@ void bernoulli_double_backward(const BernoulliDoubleBackward& a, int64_t begin, 
   for (int64_t r = begin; r < end; ++r) {
     const T* v = static_cast<const T*>(a.ggrad_logits) + r * a.cols;
     const T* logits = static_cast<const T*>(a.logits) + r * a.cols;
-    const X* x = static_cast<const X*>(a.x) + (r % a.x_rows) * a.cols;
+    const auto x = target_row(static_cast<const X*>(a.x), r % a.x_rows, a.cols);
     T* grad_logits = static_cast<T*>(a.grad_logits) + r * a.cols;
     Scalar<T> g = static_cast<const Scalar<T>*>(a.grad)[r];
     static_cast<Scalar<T>*>(a.ggrad)[r] = static_cast<Scalar<T>>(row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
@@ -387,7 +405,7 @@ void bernoulli_tile(const BernoulliTile& a, int64_t begin, int64_t end) {
     const X* x = static_cast<const X*>(a.x) + (a.first_row + r) % a.x_rows * a.x_stride;
     const Scalar<T> g = a.grad ? static_cast<const Scalar<T>*>(a.grad)[r] : Scalar<T>{1};
     const auto logit = [&](int64_t c, int64_t n) { return M::load(tile + c, n) + M::load(bias + c, n); };
-    if (!a.log_likelihood) {
+    if (!a.wants_log_likelihood) {
       for_each_vector<V>(0, a.cols, [&](int64_t c, int64_t n) {
         M::store(tile + c, g * bernoulli_grad_logit(logit(c, n), M::load(x + c, n)), n);
       });
@@ -398,7 +416,7 @@ void bernoulli_tile(const BernoulliTile& a, int64_t begin, int64_t end) {
       sum.add(l, target, t);
       if (a.wants_grad) M::store(tile + c, g * bernoulli_grad_logit(l, target, t), n);
     };
-    a.log_likelihood[r] += bernoulli_row_sum<V>(a.cols, add);
+    static_cast<Scalar<T>*>(a.log_likelihood)[r] = static_cast<Scalar<T>>(bernoulli_row_sum<V>(a.cols, add));
   }
 }
 
@@ -514,13 +532,19 @@ VAE_FAST_RUN(PhiloxNormal, philox_normal)
   void run(const Args& a, int64_t begin, int64_t end) {                                                       \
     with_types(a.dtype, a.x_dtype, [&](auto t, auto x) { kernel<decltype(t), decltype(x)>(a, begin, end); }); \
   }
-VAE_FAST_RUN(BernoulliForward, bernoulli_forward)
-VAE_FAST_RUN(BernoulliBackward, bernoulli_backward)
-VAE_FAST_RUN(BernoulliDoubleBackward, bernoulli_double_backward)
 VAE_FAST_RUN(BernoulliTile, bernoulli_tile)
 VAE_FAST_RUN(GaussianForward, gaussian_forward)
 VAE_FAST_RUN(GaussianBackward, gaussian_backward)
 VAE_FAST_RUN(GaussianDoubleBackward, gaussian_double_backward)
+#undef VAE_FAST_RUN
+
+#define VAE_FAST_RUN(Args, kernel)                                                                              \
+  void run(const Args& a, int64_t begin, int64_t end) {                                                         \
+    with_targets(a.dtype, a.x_dtype, [&](auto t, auto x) { kernel<decltype(t), decltype(x)>(a, begin, end); }); \
+  }
+VAE_FAST_RUN(BernoulliForward, bernoulli_forward)
+VAE_FAST_RUN(BernoulliBackward, bernoulli_backward)
+VAE_FAST_RUN(BernoulliDoubleBackward, bernoulli_double_backward)
 #undef VAE_FAST_RUN
 
 }  // namespace VAE_FAST_CAPABILITY

@@ -108,14 +108,7 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
     V half = fma(second_order + x.r, x.power, x.power - 0.5f);
     return x.power == constant<V>(0.5) ? second_order : half + half - a;  // power is 1/2 where n is 0, and r is a
   }
-  static VAE_FAST_INLINE V log1p_unit(V t) { return vae_fast::log1p_unit(t); }
-  // 1 + t = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)): f = (t + 1 - 2^n) / 2^n keeps what a rounded 1 + t has lost
-  static VAE_FAST_INLINE V log1p_nonnegative(V t) {
-    Int n = (Int)(bits(t + 1.0f) - 0x3F3504F3u) >> 23;  // 0x3F3504F3 is sqrt(1/2)
-    V scale = from_bits((Uint)(127 - n) << 23), exponent = from_int(n);
-    V log = fma(exponent, constant<V>(-2.12194440e-4), log1p_near_zero(fma(t, scale, scale - 1.0f)));
-    return fma(exponent, constant<V>(0.693359375), log);
-  }
+  static VAE_FAST_INLINE V log1p_nonnegative(V t) { return log1p_by_exponent(t); }
 
   // the 64-bit product of every lane with m, even and odd lanes apart: high and low words
   static VAE_FAST_INLINE void mulhilo(Uint a, uint32_t m, Uint& hi, Uint& lo) {
@@ -269,6 +262,13 @@ using Scalar = typename ComputeOf<T>::Scalar;
 template <class V>
 struct Memory;
 
+// A pointer to elements of 0 and 1 that are packed eight to a byte, the first in the lowest bit.
+struct Bits {
+  const uint8_t* bytes;
+  int64_t index;
+  VAE_FAST_INLINE Bits operator+(int64_t i) const { return {bytes, index + i}; }
+};
+
 template <>
 struct Memory<VF> {
   static constexpr int lanes = kLanes;
@@ -278,6 +278,16 @@ struct Memory<VF> {
     T part[kLanes] = {};
     __builtin_memcpy(part, p, sizeof(T) * static_cast<size_t>(n));
     return to_floats(part);
+  }
+  static VAE_FAST_INLINE VF load(Bits p, int64_t n) {
+    const uint8_t* byte = p.bytes + (p.index >> 3);
+    const int64_t skip = p.index & 7, last = skip + (n < kLanes ? n : kLanes) - 1;  // bits from `byte` on
+    uint32_t word = byte[0];
+    for (int64_t i = 1; i <= last >> 3; ++i) word |= static_cast<uint32_t>(byte[i]) << (8 * i);
+    VU lane_bit;
+    for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1u << i;
+    // A lane beyond n holds 0 or 1, which is as good as 0 there: nobody reads it.
+    return (VF)((VU)(((VU{} + (word >> skip)) & lane_bit) != VU{}) & 0x3F800000u);  // the bits of 1.0f
   }
   template <class T>
   static VAE_FAST_INLINE void store(T* p, VF v, int64_t n) {
@@ -311,6 +321,7 @@ struct Memory<double> {
   static VAE_FAST_INLINE double load(const T* p, int64_t) {
     return static_cast<double>(*p);
   }
+  static VAE_FAST_INLINE double load(Bits p, int64_t) { return p.bytes[p.index >> 3] >> (p.index & 7) & 1; }
   static VAE_FAST_INLINE double broadcast(const double* p) { return *p; }
   static VAE_FAST_INLINE void store(double* p, double v, int64_t) { *p = v; }
   static VAE_FAST_INLINE double keep(double v, int64_t) { return v; }

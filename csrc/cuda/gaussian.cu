@@ -11,21 +11,22 @@ namespace vae_fast {
 namespace cuda {
 namespace {
 
-// logvar of a row, or the one value
+// logvar of a row, or the one value, read once
 template <class T, bool kOneLogvar>
 struct Logvar {
   const T* values;
+  T one;
 
   __device__ Logvar(const void* logvar, int64_t r, int64_t cols)
-      : values(kOneLogvar ? static_cast<const T*>(logvar) : row_of<T>(logvar, r, cols)) {}
+      : values(kOneLogvar ? nullptr : row_of<T>(logvar, r, cols)),
+        one(kOneLogvar ? *static_cast<const T*>(logvar) : T{}) {}
 
   template <bool kVector, int N>
   __device__ Chunk<T, N> load(int64_t c, int n) const {
     if constexpr (!kOneLogvar) return load_chunk<kVector, N>(values + c, n);
-    Chunk<T, N> chunk;
-    const T value = *values;
+    Chunk<T, N> chunk = {};
 #pragma unroll
-    for (int j = 0; j < N; ++j) chunk.values[j] = value;
+    for (int j = 0; j < N; ++j) chunk.put(j, one);
     return chunk;
   }
 };
@@ -68,9 +69,7 @@ struct LogLikelihood {
     }
   }
 
-  __device__ void finish(int64_t r, const Sums<R, kSums>& sums) const {
-    static_cast<R*>(a.log_likelihood)[r] = sums.value[0];
-  }
+  __host__ __device__ R* sum(int) const { return static_cast<R*>(a.log_likelihood); }
 };
 
 // kSumLogvar: grad_logvar is wanted and is the sum over the row, that of the one logvar.
@@ -124,9 +123,7 @@ struct LogLikelihoodBackward {
     }
   }
 
-  __device__ void finish(int64_t r, const Sums<R, kSums>& sums) const {
-    static_cast<R*>(a.grad_logvar)[r] = sums.value[0];
-  }
+  __host__ __device__ R* sum(int) const { return static_cast<R*>(a.grad_logvar); }
 };
 
 template <class T, class X, bool kVectorRows, bool kOneLogvar>
@@ -193,10 +190,7 @@ struct LogLikelihoodDoubleBackward {
     }
   }
 
-  __device__ void finish(int64_t r, const Sums<R, kSums>& sums) const {
-    static_cast<R*>(a.ggrad)[r] = sums.value[0];
-    if constexpr (kOneLogvar) static_cast<R*>(a.grad_logvar)[r] = sums.value[1];
-  }
+  __host__ __device__ R* sum(int k) const { return static_cast<R*>(k == 0 ? a.ggrad : a.grad_logvar); }
 };
 
 // f(T{}, X{}, vector, one_logvar) as types; `tensors` are those in T whose rows are walked.
@@ -215,34 +209,35 @@ int with_layout(const Args& a, std::initializer_list<const void*> tensors, F f) 
 
 }  // namespace
 
-int launch(const GaussianForward& a, void* stream) {
+int launch(const GaussianForward& a, void* stream, const Workspace& workspace) {
   return with_layout(a, {a.mean}, [&](auto t, auto x, auto vector, auto one_logvar) {
     using Op = LogLikelihood<decltype(t), decltype(x), vector.value, one_logvar.value>;
-    return launch_rows(Op{a}, a.rows, a.cols, stream);
+    return launch_rows(Op{a}, a.rows, a.cols, stream, workspace);
   });
 }
 
-int launch(const GaussianBackward& a, void* stream) {
+int launch(const GaussianBackward& a, void* stream, const Workspace& workspace) {
   const void* grad_logvar = a.logvar_scalar ? nullptr : a.grad_logvar;
   return with_layout(a, {a.mean, a.grad_mean, grad_logvar}, [&](auto t, auto x, auto vector, auto one_logvar) {
     using T = decltype(t);
     using X = decltype(x);
     if constexpr (one_logvar.value) {
       if (a.grad_logvar) {
-        return launch_rows(LogLikelihoodBackward<T, X, vector.value, true, true>{a}, a.rows, a.cols, stream);
+        return launch_rows(LogLikelihoodBackward<T, X, vector.value, true, true>{a}, a.rows, a.cols, stream, workspace);
       }
     }
-    return launch_rows(LogLikelihoodBackward<T, X, vector.value, one_logvar.value, false>{a}, a.rows, a.cols, stream);
+    return launch_rows(LogLikelihoodBackward<T, X, vector.value, one_logvar.value, false>{a}, a.rows, a.cols, stream,
+                       workspace);
   });
 }
 
-int launch(const GaussianDoubleBackward& a, void* stream) {
+int launch(const GaussianDoubleBackward& a, void* stream, const Workspace& workspace) {
   const void *v_logvar = a.logvar_scalar ? nullptr : a.ggrad_logvar,
              *grad_logvar = a.logvar_scalar ? nullptr : a.grad_logvar;
   return with_layout(a, {a.ggrad_mean, v_logvar, a.mean, a.grad_mean, grad_logvar},
                      [&](auto t, auto x, auto vector, auto one_logvar) {
                        using Op = LogLikelihoodDoubleBackward<decltype(t), decltype(x), vector.value, one_logvar.value>;
-                       return launch_rows(Op{a}, a.rows, a.cols, stream);
+                       return launch_rows(Op{a}, a.rows, a.cols, stream, workspace);
                      });
 }
 

@@ -40,7 +40,7 @@ struct KLForward {
     }
   }
 
-  __device__ void finish(int64_t r, const Sums<R, kSums>& sums) const { static_cast<R*>(a.kl)[r] = sums.value[0]; }
+  __host__ __device__ R* sum(int) const { return static_cast<R*>(a.kl); }
 };
 
 template <class T, bool kVectorRows>
@@ -133,38 +133,36 @@ struct KLDoubleBackward {
     store_chunk<kVector, N>(row.grad_logvar + c, to_logvar, n);
   }
 
-  __device__ void finish(int64_t r, const Sums<R, kSums>& sums) const {
-    static_cast<R*>(a.ggrad_kl)[r] = sums.value[0];
-  }
+  __host__ __device__ R* sum(int) const { return static_cast<R*>(a.ggrad_kl); }
 };
 
 }  // namespace
 
-int launch(const GaussianKLForward& a, void* stream) {
+int launch(const GaussianKLForward& a, void* stream, const Workspace& workspace) {
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     return with_vector<T>(vector_rows<T>(a.cols, {a.mu, a.logvar}), [&](auto vector) {
-      return launch_rows(KLForward<T, vector.value>{a}, a.rows, a.cols, stream);
+      return launch_rows(KLForward<T, vector.value>{a}, a.rows, a.cols, stream, workspace);
     });
   });
 }
 
-int launch(const GaussianKLBackward& a, void* stream) {
+int launch(const GaussianKLBackward& a, void* stream, const Workspace& workspace) {
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     return with_vector<T>(vector_rows<T>(a.cols, {a.mu, a.logvar, a.grad_mu, a.grad_logvar}), [&](auto vector) {
-      return launch_rows(KLBackward<T, vector.value>{a}, a.rows, a.cols, stream);
+      return launch_rows(KLBackward<T, vector.value>{a}, a.rows, a.cols, stream, workspace);
     });
   });
 }
 
-int launch(const GaussianKLDoubleBackward& a, void* stream) {
+int launch(const GaussianKLDoubleBackward& a, void* stream, const Workspace& workspace) {
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     const bool vector_access =
         vector_rows<T>(a.cols, {a.ggrad_mu, a.ggrad_logvar, a.mu, a.logvar, a.grad_mu, a.grad_logvar});
     return with_vector<T>(vector_access, [&](auto vector) {
-      return launch_rows(KLDoubleBackward<T, vector.value>{a}, a.rows, a.cols, stream);
+      return launch_rows(KLDoubleBackward<T, vector.value>{a}, a.rows, a.cols, stream, workspace);
     });
   });
 }

@@ -56,33 +56,31 @@ struct Tile {
 
   __device__ void apply(const Row& row, const Input& in, int64_t c, int n, Sums<R, kSums>& sums) const {
     R out[N];
-    BernoulliSum<R> sum;
+    BernoulliSum<R, Arithmetic<T>> sum;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const R logit = in.tile.template get<R>(j) + in.bias.template get<R>(j), x = in.x.template get<R>(j);
-      const R t = bernoulli_odds(logit);
+      const R t = bernoulli_odds<R, Arithmetic<T>>(logit);
       if (j < n) sum.add(logit, x, t);
-      out[j] = row.grad * bernoulli_grad_logit(logit, x, t);
+      out[j] = row.grad * bernoulli_grad_logit<R, Arithmetic<T>>(logit, x, t);
     }
     sums.value[0] += sum.log_likelihood();
     if constexpr (kWantsGrad) store_chunk<kVector, N>(row.tile + c, out, n);
   }
 
-  __device__ void finish(int64_t r, const Sums<R, kSums>& sums) const {
-    if (a.log_likelihood) a.log_likelihood[r] += sums.value[0];
-  }
+  __host__ __device__ R* sum(int) const { return static_cast<R*>(a.log_likelihood); }
 };
 
 }  // namespace
 
-int launch(const BernoulliTile& a, void* stream) {
+int launch(const BernoulliTile& a, void* stream, const Workspace& workspace) {
   return with_types(a.dtype, a.x_dtype, [&](auto t, auto x) {
     using T = decltype(t);
     using X = decltype(x);
     const bool vector_access = vector_rows<T>(a.cols, {a.tile, a.bias}) && vector_rows<X, kChunk<T>>(a.x_stride, {a.x});
     return with_vector<T>(vector_access, [&](auto vector) {
       return with_bool(a.wants_grad, [&](auto wants_grad) {
-        return launch_rows(Tile<T, X, vector.value, wants_grad.value>{a}, a.rows, a.cols, stream);
+        return launch_rows(Tile<T, X, vector.value, wants_grad.value>{a}, a.rows, a.cols, stream, workspace);
       });
     });
   });

@@ -60,7 +60,7 @@ struct Sample {
     }
   }
 
-  __device__ void finish(int64_t r, const Sums<R, kSums>& sums) const { static_cast<R*>(a.kl)[r] = sums.value[0]; }
+  __host__ __device__ R* sum(int) const { return static_cast<R*>(a.kl); }
 };
 
 template <class T, bool kVectorRows>
@@ -213,41 +213,42 @@ struct Normal {
 
 }  // namespace
 
-int launch(const ReparameterizeForward& a, void* stream) {
+int launch(const ReparameterizeForward& a, void* stream, const Workspace& workspace) {
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     return with_vector<T>(vector_rows<T>(a.cols, {a.mu, a.logvar, a.z}), [&](auto vector) {
       return with_bool(a.kl != nullptr, [&](auto kl) {
-        return launch_rows(Sample<T, vector.value, kl.value>{a}, a.rows, a.cols, stream);
+        return launch_rows(Sample<T, vector.value, kl.value>{a}, a.rows, a.cols, stream, workspace);
       });
     });
   });
 }
 
-int launch(const ReparameterizeBackward& a, void* stream) {
+int launch(const ReparameterizeBackward& a, void* stream, const Workspace& workspace) {
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
-    return with_vector<T>(
-        vector_rows<T>(a.cols, {a.grad_z, a.mu, a.logvar, a.grad_mu, a.grad_logvar}),
-        [&](auto vector) { return launch_rows(SampleBackward<T, vector.value>{a}, a.rows, a.cols, stream); });
+    return with_vector<T>(vector_rows<T>(a.cols, {a.grad_z, a.mu, a.logvar, a.grad_mu, a.grad_logvar}),
+                          [&](auto vector) {
+                            return launch_rows(SampleBackward<T, vector.value>{a}, a.rows, a.cols, stream, workspace);
+                          });
   });
 }
 
-int launch(const ReparameterizeDoubleBackward& a, void* stream) {
+int launch(const ReparameterizeDoubleBackward& a, void* stream, const Workspace& workspace) {
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     const bool vector_access =
         vector_rows<T>(a.cols, {a.ggrad_mu, a.ggrad_logvar, a.grad_z, a.logvar, a.ggrad_z, a.grad_logvar});
     return with_vector<T>(vector_access, [&](auto vector) {
-      return launch_rows(SampleDoubleBackward<T, vector.value>{a}, a.rows, a.cols, stream);
+      return launch_rows(SampleDoubleBackward<T, vector.value>{a}, a.rows, a.cols, stream, workspace);
     });
   });
 }
 
-int launch(const PhiloxNormal& a, void* stream) {
+int launch(const PhiloxNormal& a, void* stream, const Workspace& workspace) {
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
-    return launch_rows(Normal<T>{a, vector_rows<T>(0, {a.out})}, 1, a.count, stream);
+    return launch_rows(Normal<T>{a, vector_rows<T>(0, {a.out})}, 1, a.count, stream, workspace);
   });
 }
 

@@ -8,12 +8,13 @@
 //     Row row(int64_t r) const;                   // pointers to row r and its constants
 //     Input load(row, int64_t col, int n) const;  // what it needs of the n elements from col on, still unused
 //     void apply(row, input, int64_t col, int n, sums) const;  // computes and writes, adds to sums.value[k]
-//     void finish(int64_t r, sums) const;         // takes the sums of row r (not for a map)
+//     R* sum(int k) const;                        // where sum k of every row goes (not for a map)
 //   };
 //
-// A row that is summed has one owner: a few lanes, a warp or a block, by its width alone. The order of the sum is fixed
-// by that width, so a row's sum is the same from run to run and whatever the other rows are. Rows of a map are also cut
-// into segments, so that few but wide rows fill the machine.
+// A row that is summed has one owner: a few lanes, a warp or a block. A row too wide for one block (kWholeRow) is cut
+// into segments: a first launch leaves the sum of each, a second adds those up, in order. Who adds what is fixed by the
+// width of the row alone, so a row's sum is the same from run to run, on every GPU and whatever the other rows are.
+// Rows of a map are cut into segments too, so that few but wide rows fill the machine.
 #pragma once
 
 #include <algorithm>
@@ -25,9 +26,18 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kBlock = 128;           // threads of a block that holds several rows, or a segment of a map
+constexpr int kBlock = 128;           // threads of a block that holds several rows, or a segment of one
 constexpr int kWideBlock = 512;       // threads of a block that sums one wide row
 constexpr int kSegmentPerThread = 4;  // chunks of a map that a thread handles
+
+// Chunks of the widest row that one block sums (eight for each thread of kWideBlock), chunks of a segment of wider rows
+// (eight for each thread of kBlock), and the most segments of a row: beyond them a block sums several, so that the
+// second launch has narrow rows only. (The tests lower these to reach every case.)
+#ifndef VAE_FAST_WIDE_ROWS
+#define VAE_FAST_WIDE_ROWS 4096, 1024, 4096
+#endif
+constexpr int64_t kWideRows[] = {VAE_FAST_WIDE_ROWS};
+constexpr int64_t kWholeRow = kWideRows[0], kSegment = kWideRows[1], kMaxSegments = kWideRows[2];
 
 // Limits of a grid; beyond them blocks take several rows or segments. (The tests lower them to reach that case.)
 #ifndef VAE_FAST_MAX_GRID
@@ -73,11 +83,12 @@ __device__ __forceinline__ R sum_over_row(R v) {
   return v;
 }
 
-// Block (threads that share a row, rows); grid (rows, segments of a row). `segment` and the loops count chunks.
+// Block (threads that share a row, rows); grid (rows, segments of a row). `segment` and the loops count chunks. Where
+// `parts` is there, it takes the sums of segments, [kSums, rows, gridDim.y].
 // The 1 of the launch bounds: without it the compiler aims at an occupancy of its own choice and spills to reach it.
 template <class Op>
 __global__ void __launch_bounds__(Op::kSums > 0 ? kWideBlock : kBlock, 1)
-    rows_kernel(const Op op, int64_t rows, int64_t cols, int64_t segment) {
+    rows_kernel(const Op op, int64_t rows, int64_t cols, int64_t segment, Real<typename Op::Element>* parts) {
   constexpr int N = kChunk<typename Op::Element>;
   const int64_t chunks = (cols + N - 1) / N;
   const int64_t row_step = static_cast<int64_t>(gridDim.x) * blockDim.y;
@@ -110,31 +121,89 @@ __global__ void __launch_bounds__(Op::kSums > 0 ? kWideBlock : kBlock, 1)
     if constexpr (Op::kSums > 0) {
 #pragma unroll
       for (int k = 0; k < Op::kSums; ++k) sums.value[k] = sum_over_row(sums.value[k]);
-      if (r < rows && threadIdx.x == 0) op.finish(r, sums);
+      if (r < rows && threadIdx.x == 0) {
+#pragma unroll
+        for (int k = 0; k < Op::kSums; ++k) {
+          (parts ? parts[(k * rows + r) * gridDim.y + blockIdx.y] : op.sum(k)[r]) = sums.value[k];
+        }
+      }
     }
   }
 }
 
+// The second launch for wide rows: adds up what the segments of every row left.
+template <class R, int kOpSums>
+struct AddSegments {
+  using Element = R;
+  static constexpr bool kVector = false;
+  static constexpr int kSums = kOpSums, N = kChunk<R>;
+
+  const R* parts;  // [kSums, rows, count]
+  int64_t rows, count;
+  R* out[kSums];  // [rows] each
+
+  struct Row {
+    int64_t first;
+  };
+  struct Input {
+    Chunk<R, N> parts[kSums];
+  };
+
+  __device__ Row row(int64_t r) const { return {r * count}; }
+
+  __device__ Input load(const Row& row, int64_t c, int n) const {
+    Input in;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) in.parts[k] = load_chunk<false, N>(parts + k * rows * count + row.first + c, n);
+    return in;
+  }
+
+  __device__ void apply(const Row&, const Input& in, int64_t, int, Sums<R, kSums>& sums) const {
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) sums.value[k] += in.parts[k].template get<R>(j);  // zero beyond the n that there are
+    }
+  }
+
+  __device__ R* sum(int k) const { return out[k]; }
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Op>
+int launch_grid(const Op& op, int64_t rows, int64_t cols, int threads, int64_t segment, int64_t segments, void* stream,
+                Real<typename Op::Element>* parts = nullptr) {
+  const int rows_per_block = threads < kBlock ? kBlock / threads : 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(ceil_div(rows, rows_per_block), kMaxGrid[0])),
+                        static_cast<unsigned>(segments));
+  config.blockDim = dim3(static_cast<unsigned>(threads), static_cast<unsigned>(rows_per_block));
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchKernelEx(&config, rows_kernel<Op>, op, rows, cols, segment, parts);
+  return cudaGetLastError();  // of this launch too
+}
 
 // Launches `op` on a [rows, cols] tensor. A sum over no elements is zero and is written; an empty map is not launched.
 template <class Op>
-int launch_rows(const Op& op, int64_t rows, int64_t cols, void* stream) {
-  constexpr bool kHasSums = Op::kSums > 0;
-  if (rows == 0 || (cols == 0 && !kHasSums)) return cudaSuccess;
+int launch_rows(const Op& op, int64_t rows, int64_t cols, void* stream, const Workspace& workspace) {
+  if (rows == 0 || (cols == 0 && Op::kSums == 0)) return cudaSuccess;
   const int64_t chunks = ceil_div(cols, kChunk<typename Op::Element>);
-  const int threads = threads_per_row(chunks, kHasSums);
-  const int rows_per_block = threads < kBlock ? kBlock / threads : 1;
-  const int64_t segment = std::max<int64_t>(kHasSums ? chunks : int64_t{threads} * kSegmentPerThread, 1);
-  const int64_t segments = kHasSums ? 1 : ceil_div(chunks, segment);
-
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(ceil_div(rows, rows_per_block), kMaxGrid[0])),
-                        static_cast<unsigned>(std::min(segments, kMaxGrid[1])));
-  config.blockDim = dim3(static_cast<unsigned>(threads), static_cast<unsigned>(rows_per_block));
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchKernelEx(&config, rows_kernel<Op>, op, rows, cols, segment);
-  return cudaGetLastError();  // of this launch too
+  const int threads = threads_per_row(chunks, Op::kSums > 0);
+  if constexpr (Op::kSums == 0) {
+    const int64_t segment = int64_t{threads} * kSegmentPerThread;
+    return launch_grid(op, rows, cols, threads, segment, std::min(ceil_div(chunks, segment), kMaxGrid[1]), stream);
+  } else {
+    if (chunks <= kWholeRow) return launch_grid(op, rows, cols, threads, std::max<int64_t>(chunks, 1), 1, stream);
+    using R = Real<typename Op::Element>;
+    const int64_t count = std::min({ceil_div(chunks, kSegment), kMaxSegments, kMaxGrid[1]});
+    R* parts = static_cast<R*>(workspace(static_cast<size_t>(rows * Op::kSums * count) * sizeof(R)));
+    if (int error = launch_grid(op, rows, cols, kBlock, kSegment, count, stream, parts)) return error;
+    AddSegments<R, Op::kSums> add{parts, rows, count, {}};
+    for (int k = 0; k < Op::kSums; ++k) add.out[k] = op.sum(k);
+    const int64_t part_chunks = ceil_div(count, kChunk<R>);
+    return launch_grid(add, rows, count, threads_per_row(part_chunks, true), part_chunks, 1, stream);
+  }
 }
 
 // Row r of a [rows, cols] tensor of T

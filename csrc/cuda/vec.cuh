@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "../kernels.h"
+#include "../math/math.h"
 
 namespace vae_fast {
 namespace cuda {
@@ -22,6 +23,10 @@ namespace cuda {
 // Arithmetic is done, and losses are kept, in Real<T>.
 template <class T>
 using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// How: see math/math.h.
+template <class T>
+using Arithmetic = std::conditional_t<sizeof(T) == 2, HalfPrecisionMath, Math<Real<T>>>;
 
 template <class T>
 constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
@@ -44,39 +49,92 @@ struct AccessOf<16> {
   using Type = uint4;
 };
 
-__device__ __forceinline__ float to_float(float a) { return a; }
-__device__ __forceinline__ double to_float(double a) { return a; }
-__device__ __forceinline__ float to_float(__half a) { return __half2float(a); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 a) { return __bfloat162float(a); }
-__device__ __forceinline__ float to_float(uint8_t a) { return static_cast<float>(a); }
+// What a thread has read and not yet used stays as it came, small elements several to a register: the fewest registers
+// in flight, and no instructions to take them apart but those that convert them.
+template <class T>
+using Word = std::conditional_t<(sizeof(T) < 4), uint32_t, T>;
+template <class T>
+constexpr int kPerWord = sizeof(Word<T>) / sizeof(T);
 
-// Two neighbours at a time: the half types have one instruction for that.
-__device__ __forceinline__ void round_pair(float a, float b, float* out) { out[0] = a, out[1] = b; }
-__device__ __forceinline__ void round_pair(double a, double b, double* out) { out[0] = a, out[1] = b; }
-__device__ __forceinline__ void round_pair(float a, float b, __half* out) {
-  const __half2 pair = __floats2half2_rn(a, b);
-  out[0] = __low2half(pair), out[1] = __high2half(pair);
-}
-__device__ __forceinline__ void round_pair(float a, float b, __nv_bfloat16* out) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  out[0] = __low2bfloat16(pair), out[1] = __high2bfloat16(pair);
+// Element k of a word, in the type of the arithmetic.
+template <class T>
+__device__ __forceinline__ auto unpack(Word<T> word, int k) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return Math<float>::from_bits(k == 0 ? word << 16 : word & 0xffff0000u);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    __half2 pair;
+    memcpy(&pair, &word, sizeof pair);
+    return k == 0 ? __low2float(pair) : __high2float(pair);
+  } else if constexpr (std::is_same_v<T, uint8_t>) {
+    // 2^23 + byte, less 2^23: a conversion would go to the unit that has exp to do
+    return Math<float>::from_bits(__byte_perm(word, 0x4B000000u, 0x7440u + static_cast<unsigned>(k))) - 8388608.0f;
+  } else {
+    return word;
+  }
 }
 
-// What a thread has read and not yet used stays in the type it came in: the fewest registers in flight.
+// Two neighbours, rounded: the half types have one instruction for that.
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float a, float b) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(a, b);
+    memcpy(&word, &pair, sizeof word);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    memcpy(&word, &pair, sizeof word);
+  }
+  return word;
+}
+
 template <class T, int N>
 struct Chunk {
-  T values[N];
+  Word<T> words[(N + kPerWord<T> - 1) / kPerWord<T>];
 
   template <class R>
   __device__ __forceinline__ R get(int i) const {
-    return static_cast<R>(to_float(values[i]));
+    return static_cast<R>(unpack<T>(words[i / kPerWord<T>], i % kPerWord<T>));
+  }
+
+  // Element by element: into words that are zero, and out of them.
+  __device__ __forceinline__ void put(int i, T value) {
+    if constexpr (kPerWord<T> == 1) {
+      words[i] = value;
+    } else {
+      uint32_t bits = 0;
+      memcpy(&bits, &value, sizeof value);
+      words[i / kPerWord<T>] |= bits << (32 / kPerWord<T> * (i % kPerWord<T>));
+    }
+  }
+  __device__ __forceinline__ T take(int i) const {
+    if constexpr (kPerWord<T> == 1) {
+      return words[i];
+    } else {
+      const uint32_t bits = words[i / kPerWord<T>] >> (32 / kPerWord<T> * (i % kPerWord<T>));
+      T value;
+      memcpy(&value, &bits, sizeof value);
+      return value;
+    }
+  }
+};
+
+// Elements of 0 and 1, eight to a byte.
+struct Bits {};
+
+template <int N>
+struct Chunk<Bits, N> {
+  unsigned bits;
+
+  template <class>
+  __device__ __forceinline__ bool get(int i) const {
+    return bits >> i & 1;
   }
 };
 
 // The n <= N elements at p; the rest are zero. With kVector n is N and p is aligned to kAccessBytes.
 template <bool kVector, int N, class T>
 __device__ __forceinline__ Chunk<T, N> load_chunk(const T* p, int n) {
-  Chunk<T, N> chunk;
+  Chunk<T, N> chunk = {};
   if constexpr (kVector) {
     using Access = typename AccessOf<kAccessBytes<T, N>>::Type;
     constexpr int kAccesses = static_cast<int>(sizeof(chunk) / sizeof(Access));
@@ -86,7 +144,9 @@ __device__ __forceinline__ Chunk<T, N> load_chunk(const T* p, int n) {
     memcpy(&chunk, parts, sizeof(chunk));
   } else {
 #pragma unroll
-    for (int i = 0; i < N; ++i) chunk.values[i] = i < n ? p[i] : T{};
+    for (int i = 0; i < N; ++i) {
+      if (i < n) chunk.put(i, p[i]);
+    }
   }
   return chunk;
 }
@@ -96,7 +156,13 @@ template <bool kVector, int N, class T>
 __device__ __forceinline__ void store_chunk(T* p, const Real<T> (&values)[N], int n) {
   Chunk<T, N> chunk;
 #pragma unroll
-  for (int i = 0; i < N; i += 2) round_pair(values[i], values[i + 1], chunk.values + i);
+  for (int i = 0; i < N; i += kPerWord<T>) {
+    if constexpr (kPerWord<T> == 1) {
+      chunk.words[i] = values[i];
+    } else {
+      chunk.words[i / 2] = round_pair<T>(values[i], values[i + 1]);
+    }
+  }
   if constexpr (kVector) {
     using Access = typename AccessOf<kAccessBytes<T, N>>::Type;
     constexpr int kAccesses = static_cast<int>(sizeof(chunk) / sizeof(Access));
@@ -107,7 +173,7 @@ __device__ __forceinline__ void store_chunk(T* p, const Real<T> (&values)[N], in
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (i < n) p[i] = chunk.values[i];
+      if (i < n) p[i] = chunk.take(i);
     }
   }
 }

@@ -13,10 +13,10 @@
 
 namespace vae_fast {
 namespace cuda {
-#define VAE_FAST_ON_THE_CPU(Args)       \
-  int launch(const Args& args, void*) { \
-    cpu::launch(args);                  \
-    return 0;                           \
+#define VAE_FAST_ON_THE_CPU(Args)                         \
+  int launch(const Args& args, void*, const Workspace&) { \
+    cpu::launch(args);                                    \
+    return 0;                                             \
   }
 VAE_FAST_FOR_EACH_KERNEL(VAE_FAST_ON_THE_CPU)
 #undef VAE_FAST_ON_THE_CPU

@@ -28,5 +28,3 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
 }
-inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 pair) { return pair.x; }
-inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 pair) { return pair.y; }

@@ -32,5 +32,5 @@ inline __half __float2half_rn(float f) {
 }
 
 inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
-inline __half __low2half(__half2 pair) { return pair.x; }
-inline __half __high2half(__half2 pair) { return pair.y; }
+inline float __low2float(__half2 pair) { return __half2float(pair.x); }
+inline float __high2float(__half2 pair) { return __half2float(pair.y); }

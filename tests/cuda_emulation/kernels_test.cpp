@@ -21,6 +21,7 @@
 #include <functional>
 #include <initializer_list>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -33,12 +34,12 @@ using Values = std::vector<double>;
 
 // --- the cases -------------------------------------------------------------------------------------------------------
 
-std::vector<int64_t> all_cols = {0, 1, 3, 4, 5, 8, 20, 31, 32, 33, 127, 128, 784, 1025, 5000};
+std::vector<int64_t> all_cols = {0, 1, 3, 4, 5, 8, 20, 31, 32, 33, 127, 128, 784, 1025, 4500, 5000};
 const int64_t kRows[] = {0, 1, 2, 7};
 const DType kTypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
 
 const char* name_of(DType t) {
-  const char* names[] = {"f32", "f64", "f16", "bf16", "u8"};
+  const char* names[] = {"f32", "f64", "f16", "bf16", "u8", "bits"};
   return names[static_cast<int>(t)];
 }
 
@@ -205,14 +206,26 @@ class Tensors {
   Tensor& output(int64_t count) { return make(case_.dtype, count, Use::output); }
   Tensor& loss_input() { return make(loss_of(case_.dtype), case_.rows, Use::input).fill(symmetric); }
   Tensor& loss_output() { return make(loss_of(case_.dtype), case_.rows, Use::output); }
-  Tensor& double_output(int64_t count) { return make(DType::f64, count, Use::output); }
   // Its rows may be further apart than they are wide.
   Tensor& target(bool binary, int64_t gap = 0) {
+    if (case_.x_dtype == DType::bits) return packed_target();
     const bool hard = case_.x_dtype == DType::u8;
     return make(case_.x_dtype, case_.x_rows * (case_.cols + gap), Use::input).fill([=] {
       if (hard || (binary && uniform() < 0.5)) return uniform() < 0.5 ? 0.0 : 1.0;
       return binary ? uniform() : symmetric();
     });
+  }
+  // Bytes on the device, and their bits as its values. The unused bits of a row are drawn too: they must not matter.
+  Tensor& packed_target() {
+    const int64_t width = (case_.cols + 7) / 8;
+    Tensor& x = make(DType::u8, case_.x_rows * width, Use::input).fill([] { return std::floor(256 * uniform()); });
+    Values bits;
+    for (int64_t r = 0; r < case_.x_rows; ++r) {
+      for (int64_t c = 0; c < case_.cols; ++c)
+        bits.push_back(static_cast<int>(x.values[static_cast<size_t>(r * width + c / 8)]) >> c % 8 & 1);
+    }
+    x.values = bits;
+    return x;
   }
   const int64_t* seed(int64_t value) {
     all_.push_back(new Tensor(DType::f64, 1, false, Use::input));  // eight bytes; their meaning is the kernel's
@@ -256,10 +269,24 @@ void compare(const Case& c, const char* what, Tensor& got, const Values& wanted,
   }
 }
 
+// What a launch asks for to sum wide rows: NaN all over, between two guards.
+std::unique_ptr<Tensor> memory;
+int64_t workspaces = 0;
+const cuda::Workspace workspace = [](size_t bytes) {
+  if (memory) fail("a launch asked for memory twice");
+  memory = std::make_unique<Tensor>(DType::u8, static_cast<int64_t>(bytes), false, Use::output);
+  ++workspaces;
+  return memory->pointer();
+};
+
 void launched(const Case& c, int error) {
   if (error != 0) fail(describe(c) + ": launch failed: " + cuda::error_string(error));
   check(cudaDeviceSynchronize());
   ++cases_run;
+  if (!memory) return;
+  memory->fetch();
+  if (!memory->intact()) fail(describe(c) + ": the workspace was written beyond its ends");
+  memory.reset();
 }
 
 // A value and the sum of the sizes of its terms, which bounds its rounding error.
@@ -302,7 +329,7 @@ void test(const Case& c, GaussianKLForward) {
   Tensors t(c);
   Tensor &mu = t.input(c.rows * c.cols), &logvar = t.input(c.rows * c.cols), &kl = t.loss_output();
   launched(c, cuda::launch(GaussianKLForward{c.dtype, c.rows, c.cols, mu.pointer(), logvar.pointer(), kl.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   Expected wanted(c.rows);
   for (int64_t r = 0; r < c.rows; ++r) {
     Sum sum;
@@ -321,7 +348,7 @@ void test(const Case& c, GaussianKLBackward) {
     launched(c, cuda::launch(GaussianKLBackward{c.dtype, c.rows, c.cols, grad_kl.pointer(), mu.pointer(),
                                                 logvar.pointer(), outputs & 1 ? grad_mu.pointer() : nullptr,
                                                 outputs & 2 ? grad_logvar.pointer() : nullptr},
-                             nullptr));
+                             nullptr, workspace));
     Expected to_mu(n), to_logvar(n);
     for (int64_t i = 0; i < n; ++i) {
       Sum m, l;
@@ -343,7 +370,7 @@ void test(const Case& c, GaussianKLDoubleBackward) {
   launched(c, cuda::launch(GaussianKLDoubleBackward{c.dtype, c.rows, c.cols, v_mu.pointer(), v_logvar.pointer(),
                                                     grad_kl.pointer(), mu.pointer(), logvar.pointer(),
                                                     ggrad_kl.pointer(), grad_mu.pointer(), grad_logvar.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   Expected to_grad(c.rows), to_mu(n), to_logvar(n);
   for (int64_t r = 0; r < c.rows; ++r) {
     Sum g;
@@ -372,7 +399,7 @@ void test(const Case& c, ReparameterizeForward) {
     Tensor &mu = t.input(n), &logvar = t.input(n), &z = t.output(c.samples * n), &kl = t.loss_output();
     launched(c, cuda::launch(ReparameterizeForward{c.dtype, c.rows, c.cols, c.samples, mu.pointer(), logvar.pointer(),
                                                    t.seed(kSeed), z.pointer(), with_kl ? kl.pointer() : nullptr},
-                             nullptr));
+                             nullptr, workspace));
     const Values eps = noise(kSeed, c.samples * n);
     Expected sample(c.samples * n), divergence(c.rows);
     for (int64_t i = 0; i < c.samples * n; ++i) {
@@ -405,7 +432,7 @@ void test(const Case& c, ReparameterizeBackward) {
                                              kl ? grad_kl.pointer() : nullptr, kl ? mu.pointer() : nullptr,
                                              logvar.pointer(), t.seed(kSeed), outputs & 1 ? grad_mu.pointer() : nullptr,
                                              outputs & 2 ? grad_logvar.pointer() : nullptr},
-                      nullptr));
+                      nullptr, workspace));
       const Values eps = noise(kSeed, c.samples * n);
       Expected to_mu(n), to_logvar(n);
       for (int64_t i = 0; i < n; ++i) {
@@ -436,7 +463,7 @@ void test(const Case& c, ReparameterizeDoubleBackward) {
   launched(c, cuda::launch(ReparameterizeDoubleBackward{c.dtype, c.rows, c.cols, c.samples, v_mu.pointer(),
                                                         v_logvar.pointer(), grad_z.pointer(), logvar.pointer(),
                                                         t.seed(kSeed), ggrad_z.pointer(), grad_logvar.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   const Values eps = noise(kSeed, c.samples * n);
   Expected to_grad_z(c.samples * n), to_logvar(n);
   for (int64_t i = 0; i < n; ++i) {
@@ -460,7 +487,7 @@ void test(const Case& c, PhiloxNormal) {
   Tensors t(c);
   const int64_t n = c.rows * c.cols;
   Tensor& out = t.output(n);
-  launched(c, cuda::launch(PhiloxNormal{c.dtype, n, t.seed(kSeed), out.pointer()}, nullptr));
+  launched(c, cuda::launch(PhiloxNormal{c.dtype, n, t.seed(kSeed), out.pointer()}, nullptr, workspace));
   const Values eps = noise(kSeed, n);
   Expected wanted(n);
   for (int64_t i = 0; i < n; ++i) {
@@ -476,7 +503,7 @@ void test(const Case& c, BernoulliForward) {
   Tensor &logits = t.input(c.rows * c.cols), &x = t.target(true), &out = t.loss_output();
   launched(c, cuda::launch(BernoulliForward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, logits.pointer(), x.pointer(),
                                             out.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   Expected wanted(c.rows);
   for (int64_t r = 0; r < c.rows; ++r) {
     Sum sum;
@@ -493,7 +520,7 @@ void test(const Case& c, BernoulliBackward) {
   Tensor &logits = t.input(n), &x = t.target(true), &grad = t.loss_input(), &out = t.output(n);
   launched(c, cuda::launch(BernoulliBackward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, grad.pointer(),
                                              logits.pointer(), x.pointer(), out.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   Expected wanted(n);
   for (int64_t r = 0; r < c.rows; ++r) {
     for (int64_t j = 0; j < c.cols; ++j) {
@@ -514,7 +541,7 @@ void test(const Case& c, BernoulliDoubleBackward) {
   launched(
       c, cuda::launch(BernoulliDoubleBackward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, v.pointer(), grad.pointer(),
                                               logits.pointer(), x.pointer(), ggrad.pointer(), grad_logits.pointer()},
-                      nullptr));
+                      nullptr, workspace));
   Expected to_grad(c.rows), to_logits(n);
   for (int64_t r = 0; r < c.rows; ++r) {
     Sum g;
@@ -538,11 +565,10 @@ void test(const Case& c, BernoulliTile) {
     const int64_t n = c.rows * c.cols, gap = outputs == 2 ? 16 : outputs == 3 ? 1 : 0, first_row = outputs - 1;
     const bool wants_sum = outputs & 1, wants_grad = outputs & 2, with_grad = outputs == 2;
     Tensor &tile = t.output(n).fill(symmetric), &bias = t.input(c.cols), &x = t.target(true, gap);
-    Tensor &grad = t.loss_input(), &sum = t.double_output(c.rows).fill(symmetric);
+    Tensor &grad = t.loss_input(), &sum = t.loss_output();
     Expected to_sum(c.rows), to_tile(n);
     for (int64_t r = 0; r < c.rows; ++r) {
       Sum row;
-      row.add(at(sum, r));
       for (int64_t j = 0; j < c.cols; ++j) {
         const double logit = at(tile, r * c.cols + j) + at(bias, j), g = with_grad ? at(grad, r) : 1;
         const double target = at(x, (first_row + r) % c.x_rows * (c.cols + gap) + j);
@@ -555,11 +581,10 @@ void test(const Case& c, BernoulliTile) {
       to_sum.set(r, row);
     }
     const Values untouched = tile.values;
-    launched(
-        c, cuda::launch(BernoulliTile{c.dtype, c.x_dtype, c.rows, c.cols, first_row, c.x_rows, c.cols + gap, wants_grad,
-                                      x.pointer(), bias.pointer(), with_grad ? grad.pointer() : nullptr,
-                                      wants_sum ? static_cast<double*>(sum.pointer()) : nullptr, tile.pointer()},
-                        nullptr));
+    launched(c, cuda::launch(BernoulliTile{c.dtype, c.x_dtype, c.rows, c.cols, first_row, c.x_rows, c.cols + gap,
+                                           wants_sum, wants_grad, x.pointer(), bias.pointer(),
+                                           with_grad ? grad.pointer() : nullptr, sum.pointer(), tile.pointer()},
+                             nullptr, workspace));
     if (wants_sum) compare(c, "log_likelihood", sum, to_sum, kRowSlack);
     if (wants_grad)
       compare(c, "tile", tile, to_tile, kElementSlack);
@@ -575,7 +600,7 @@ void test(const Case& c, GaussianForward) {
     Tensor& out = t.loss_output();
     launched(c, cuda::launch(GaussianForward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, one, mean.pointer(),
                                              logvar.pointer(), x.pointer(), out.pointer()},
-                             nullptr));
+                             nullptr, workspace));
     Expected wanted(c.rows);
     for (int64_t r = 0; r < c.rows; ++r) {
       Sum sum;
@@ -602,7 +627,7 @@ void test(const Case& c, GaussianBackward) {
                                                 mean.pointer(), logvar.pointer(), x.pointer(),
                                                 outputs & 1 ? grad_mean.pointer() : nullptr,
                                                 outputs & 2 ? grad_logvar.pointer() : nullptr},
-                               nullptr));
+                               nullptr, workspace));
       Expected to_mean(n), to_logvar(n), to_one(c.rows);
       for (int64_t r = 0; r < c.rows; ++r) {
         Sum row;
@@ -638,7 +663,7 @@ void test(const Case& c, GaussianDoubleBackward) {
                     GaussianDoubleBackward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, one, v_mean.pointer(),
                                            v_logvar.pointer(), grad.pointer(), mean.pointer(), logvar.pointer(),
                                            x.pointer(), ggrad.pointer(), grad_mean.pointer(), grad_logvar.pointer()},
-                    nullptr));
+                    nullptr, workspace));
     Expected to_grad(c.rows), to_mean(n), to_logvar(n), to_one(c.rows);
     for (int64_t r = 0; r < c.rows; ++r) {
       Sum g, row;
@@ -673,6 +698,8 @@ void test(const Case& c, GaussianDoubleBackward) {
 template <class Args>
 concept HasTargets = requires(Args a) { a.x_rows; };
 template <class Args>
+concept TakesBits = HasTargets<Args> && !requires(Args a) { a.logvar; };
+template <class Args>
 concept HasSamples = requires(Args a) { a.samples; };
 
 bool one_of(int64_t value, std::initializer_list<int64_t> list) {
@@ -681,7 +708,7 @@ bool one_of(int64_t value, std::initializer_list<int64_t> list) {
 
 template <class Args>
 void run(const char* name) {
-  cases_run = 0;
+  cases_run = workspaces = 0;
   worst = 0;
   for (DType dtype : kTypes) {
     for (int64_t cols : all_cols) {
@@ -696,7 +723,8 @@ void run(const char* name) {
               if (samples == 1 || layout == Layout::aligned || cols < 128) test(c, Args{});
             }
           } else if constexpr (HasTargets<Args>) {
-            for (DType x_dtype : {dtype, DType::f32, DType::u8}) {
+            for (DType x_dtype : {dtype, DType::f32, DType::u8, DType::bits}) {
+              if (x_dtype == DType::bits && !TakesBits<Args>) continue;
               c.x_dtype = x_dtype;
               c.x_rows = rows == 7 ? 3 : rows;  // rows of x repeat, the last time not to the end
               if (x_dtype != DType::f32 || dtype != DType::f32 || layout == Layout::aligned) test(c, Args{});
@@ -708,7 +736,8 @@ void run(const char* name) {
       }
     }
   }
-  std::printf("%s: %lld launches, error at most %.2f of its bound\n", name, static_cast<long long>(cases_run), worst);
+  std::printf("%s: %lld launches, %lld with a workspace, error at most %.2f of its bound\n", name,
+              static_cast<long long>(cases_run), static_cast<long long>(workspaces), worst);
 }
 
 // A NaN stays in its row, and in an element-wise result in its place.
@@ -720,7 +749,7 @@ void run_nan() {
   logits.fill([&] { return i++ == 3 * c.cols + 5 ? std::numeric_limits<double>::quiet_NaN() : symmetric(); });
   launched(c, cuda::launch(BernoulliForward{c.dtype, c.x_dtype, c.rows, c.x_rows, c.cols, logits.pointer(), x.pointer(),
                                             out.pointer()},
-                           nullptr));
+                           nullptr, workspace));
   const Values& values = out.fetch();
   for (int64_t r = 0; r < c.rows; ++r) {
     if (std::isnan(values[static_cast<size_t>(r)]) != (r == 3)) fail("NaN: row 3 alone holds one");
@@ -728,8 +757,23 @@ void run_nan() {
   std::printf("NaN: in its row only\n");
 }
 
+// A row's sum has the same bits whatever the other rows are, also where several blocks share the row.
+void run_alone() {
+  for (int64_t cols : {20, 784, 5000}) {
+    const Case c{DType::f32, DType::f32, 7, cols, 1, 7, Layout::aligned};
+    Tensors t(c);
+    Tensor &mu = t.input(c.rows * cols), &logvar = t.input(c.rows * cols), &all = t.loss_output(), &one = t.loss_output();
+    launched(c, cuda::launch(GaussianKLForward{c.dtype, c.rows, cols, mu.pointer(), logvar.pointer(), all.pointer()},
+                             nullptr, workspace));
+    launched(c, cuda::launch(GaussianKLForward{c.dtype, 1, cols, mu.pointer(), logvar.pointer(), one.pointer()},
+                             nullptr, workspace));
+    if (all.fetch()[0] != one.fetch()[0]) fail(describe(c) + ": the first row's sum depends on the others");
+  }
+  std::printf("alone: the same sum\n");
+}
+
 void run_errors() {
-  const int error = cuda::launch(GaussianKLForward{DType::u8, 1, 1, nullptr, nullptr, nullptr}, nullptr);
+  const int error = cuda::launch(GaussianKLForward{DType::u8, 1, 1, nullptr, nullptr, nullptr}, nullptr, workspace);
   if (error == 0 || std::string(cuda::error_string(error)) != "invalid argument")
     fail("errors: a dtype without a kernel launched");
   std::printf("errors: an unknown dtype is refused\n");
@@ -749,6 +793,7 @@ int main(int argc, char** argv) {
   VAE_FAST_FOR_EACH_KERNEL(VAE_FAST_RUN)
 #undef VAE_FAST_RUN
   if (wanted("NaN")) run_nan();
+  if (wanted("alone")) run_alone();
   if (wanted("errors")) run_errors();
   return 0;
 }
