@@ -118,6 +118,17 @@ def test_a_proposal_outside_the_support_is_not_taken() -> None:
     assert samples.z[-1].mean().item() == pytest.approx(1, abs=0.1)
 
 
+def test_trajectories_of_half_a_period_do_not_lock_the_chains() -> None:
+    """z -> -z, always: the mean would be right and |z| that of the start."""
+    state = hmc.state_at(lambda z: -(z**2).sum(-1) / 2, torch.ones(2000, 1).double())
+    for seed in range(15):
+        step_size = math.pi / 20
+        state, _ = hmc.transition(
+            lambda z: -(z**2).sum(-1) / 2, state, step_size, leapfrog_steps=20, seed=seed
+        )
+    assert (state.z**2).var().item() == pytest.approx(2, abs=0.5)
+
+
 def test_there_is_one_gradient_per_leapfrog_step_of_the_whole_batch() -> None:
     calls = []
 

@@ -25,6 +25,9 @@ from .reference import signed64
 LogDensity = Callable[[Tensor], Tensor]
 
 TARGET_ACCEPTANCE = 0.9
+# Each step size is scaled by a number from [1 - JITTER, 1 + JITTER], new for every chain and transition.
+# Without it a chain whose trajectories are half a period of a Gaussian long goes to and fro between two points.
+JITTER = 0.3
 
 
 class State(NamedTuple):
@@ -76,7 +79,8 @@ def leapfrog(
     """``steps`` leapfrog steps of the dynamics with energy H = -log p(z) + |momentum|^2 / 2, unit masses.
 
     Half a step of the momentum, then steps of z and of the momentum by turns, then the other half: reversible
-    (negate the momentum and go back), it keeps volumes, and its error in H goes with step_size^2.
+    (negate the momentum and go back), it keeps volumes, and its error in H goes with step_size^2, which is
+    one number or ``[B, 1]``.
     """
     momentum = momentum + 0.5 * step_size * state.grad
     for step in range(steps):
@@ -98,25 +102,27 @@ def transition(
     Args:
         log_density: the density that the chains leave invariant.
         state: where they are.
-        step_size: of the leapfrog steps.
+        step_size: of the leapfrog steps, before its jitter.
         leapfrog_steps: how many of them; each takes one gradient.
-        seed: momenta are ``philox_normal(z.shape, seed)``; chain b moves if (w_b + 1/2) / 2**32 < exp(H
-            before - H after), w = :func:`vae_fast.batches.uniform_words` of the same seed.
+        seed: momenta are ``philox_normal(z.shape, seed)``. With u = (w + 1/2) / 2**32 for the words w
+            ``[2, B]`` of :func:`vae_fast.batches.uniform_words` and the same seed, chain b moves if u_0b <
+            exp(H before - H after), and its steps have size ``step_size * (1 + JITTER (2 u_1b - 1))``.
 
     Returns:
         Where they are now, and which of them moved, bool ``[B]``. A proposal whose energy is not finite is
         not taken, and the other chains do not notice.
     """
-    momentum = philox_normal(state.z.shape, seed=seed, dtype=state.z.dtype, device=state.z.device)
-    proposal, last = leapfrog(log_density, state, momentum, step_size, leapfrog_steps)
-    kinetic_gain = 0.5 * (last**2 - momentum**2).sum(dim=-1)
-    log_ratio = proposal.log_density - state.log_density - kinetic_gain
     if not isinstance(seed, Tensor):
         seed = torch.full((1,), signed64(seed), dtype=torch.int64, device=state.z.device)
-    words = uniform_words(log_ratio.shape, seed)
-    threshold = ((words.double() + 0.5) / 2**32).log()
+    momentum = philox_normal(state.z.shape, seed=seed, dtype=state.z.dtype)
+    uniform = (uniform_words((2, len(state.z)), seed).double() + 0.5) / 2**32
+    jittered = step_size * (1 + JITTER * (2 * uniform[1] - 1)).to(state.z).unsqueeze(-1)
+    proposal, last = leapfrog(log_density, state, momentum, jittered, leapfrog_steps)
+    kinetic_gain = 0.5 * (last**2 - momentum**2).sum(dim=-1)
+    log_ratio = proposal.log_density - state.log_density - kinetic_gain
     # A comparison with NaN is false. No chain could leave a place of density +inf, or of a gradient of NaN.
-    moved = (threshold < log_ratio) & proposal.log_density.isfinite() & proposal.grad.isfinite().all(dim=-1)
+    allowed = proposal.log_density.isfinite() & proposal.grad.isfinite().all(dim=-1)
+    moved = allowed & (uniform[0].log() < log_ratio)
     row = moved.unsqueeze(-1)
     return State(
         torch.where(row, proposal.z, state.z),
@@ -149,8 +155,9 @@ def sample(
 ) -> Samples:
     """``num_samples`` states of every chain, one per transition, after ``burn_in`` transitions.
 
-    The step size is tuned to an acceptance rate of ``target`` during the burn-in and then stays: a chain that
-    goes on tuning does not keep its density.
+    The step size is tuned to an acceptance rate of ``target`` during the burn-in and then stays at the
+    geometric mean of the last quarter's, because :func:`tuned` goes up and down around the right one: a chain
+    that goes on tuning does not keep its density.
 
     Args:
         log_density: see the module.
@@ -175,12 +182,16 @@ def sample(
     zs: list[Tensor] = []
     log_densities: list[Tensor] = []
     moves: list[Tensor] = []
+    tunings: list[Tensor] = []
     for t in range(burn_in + num_samples):
         state, moved = transition(
             log_density, state, size, leapfrog_steps=leapfrog_steps, seed=step_seed(seed, t, CHAIN)
         )
         if t < burn_in:
             size = tuned(size, moved, state, target)
+            tunings.append(size)
+            if t == burn_in - 1:
+                size = torch.stack(tunings[3 * burn_in // 4 :]).log().mean().exp()
         else:
             zs.append(state.z)
             log_densities.append(state.log_density)
