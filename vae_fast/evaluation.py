@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import functional, hmc
 from .batches import binarise, uniform_words
 from .datasets import Prepared, prepare
-from .estimators import EVALUATE, EVALUATE_BINARISE, EVALUATE_CHAIN, EVALUATE_IMPORTANCE, step_seed
+from .estimators import EVALUATE, EVALUATE_BINARISE, EVALUATE_CHAIN, EVALUATE_IMPORTANCE, log_prior, step_seed
 
 NOISE_ROWS = 100  # rows that share a seed
 NOISE_SAMPLES = 10  # importance samples that do
@@ -121,6 +121,61 @@ def bound(
             log_likelihood = functional.average_samples(model.log_likelihood(model.decoder(z), x), 1)
             kl = functional.gaussian_kl(mu, logvar)
             totals.append(torch.stack((log_likelihood.double().sum(), kl.double().sum())))
+    log_likelihood_mean, kl_mean = (torch.stack(totals).sum(dim=0) / len(data)).tolist()
+    return Bound(log_likelihood_mean - kl_mean, log_likelihood_mean, kl_mean, len(data))
+
+
+@torch.no_grad()
+def squared_error(
+    model: Any,
+    data: Any,
+    *,
+    batch_size: int = 1000,
+    seed: int = 0,
+    targets: str = "auto",
+    pixel_scale: float = 255,
+) -> float:
+    """|x - y|^2 of the reconstruction y = E[x|z] at z = mu(x): summed over features, averaged over
+    datapoints.
+
+    ``seed`` matters to targets="dynamic" only.
+    """
+    _positive(batch_size=batch_size)
+    data = _prepared(model, data, targets, pixel_scale)
+    with evaluating(model):
+        errors = [
+            ((x - model.decode_mean(model.encoder(x)[0])) ** 2).double().sum()
+            for _, x in _batches(model, data, batch_size, seed)
+        ]
+    return float(torch.stack(errors).sum() / len(data))
+
+
+@torch.no_grad()
+def complete_data(
+    model: Any,
+    data: Any,
+    *,
+    leapfrog_steps: int = 10,
+    burn_in: int = 20,
+    batch_size: int = 1000,
+    seed: int = 0,
+    targets: str = "auto",
+    pixel_scale: float = 255,
+) -> Bound:
+    """log p(x, z) at one sample z of the posterior, averaged over datapoints: what Monte Carlo EM ascends.
+
+    ``elbo`` is log p(x, z), which is log p(x) + log p(z|x) and no bound; ``log_likelihood`` is log p(x|z) and
+    ``kl`` -log p(z). Chains begin at draws of the prior; the arguments are those of
+    :func:`marginal_likelihood`.
+    """
+    _positive(leapfrog_steps=leapfrog_steps, batch_size=batch_size)
+    data = _prepared(model, data, targets, pixel_scale)
+    totals: list[Tensor] = []
+    with evaluating(model):
+        for rows, x in _batches(model, data, batch_size, seed):
+            samples = _posterior(model, x, "prior", 1, burn_in, leapfrog_steps, rows, seed)
+            prior = log_prior(samples.z[0])
+            totals.append(torch.stack((samples.log_density[0] - prior, -prior)).double().sum(dim=1))
     log_likelihood_mean, kl_mean = (torch.stack(totals).sum(dim=0) / len(data)).tolist()
     return Bound(log_likelihood_mean - kl_mean, log_likelihood_mean, kl_mean, len(data))
 
@@ -223,24 +278,13 @@ def marginal_likelihood(
     acceptance: list[Tensor] = []
     with evaluating(model):
         for rows, x in _batches(model, data, batch_size, seed):
-            chain_seed = step_seed(seed, rows.start, EVALUATE_CHAIN)
-            z = model.encoder(x)[0]
-            least = 4 * (z.shape[-1] + 2)
+            samples = _posterior(model, x, start, num_samples, burn_in, leapfrog_steps, rows, seed)
+            least = 4 * (samples.z.shape[-1] + 2)
             if num_samples < least:
                 raise ValueError(
-                    f"num_samples: got {num_samples}, wanted at least {least} for {z.shape[-1]} latent "
-                    "variables: half of the samples are split in two, and each part has a covariance"
+                    f"num_samples: got {num_samples}, wanted at least {least} for {samples.z.shape[-1]} "
+                    "latent variables: half of the samples are split in two, and each part has a covariance"
                 )
-            if start == "prior":
-                z = functional.philox_normal(z.shape, seed=chain_seed, dtype=z.dtype, device=z.device)
-            samples = hmc.sample(
-                hmc.log_joint(model, x),
-                z,
-                num_samples=num_samples,
-                burn_in=burn_in,
-                leapfrog_steps=leapfrog_steps,
-                seed=chain_seed,
-            )
             z, log_joint = samples.z.double(), samples.log_density.double()
             half = num_samples // 2
             log_mean = _LogMeanExp()
@@ -341,6 +385,31 @@ def _importance_noise(row_seed: int, first_block: int, samples: int, mu: Tensor)
         for j in blocks
     ]
     return torch.cat(noise)[:samples, : len(mu)]
+
+
+def _posterior(
+    model: Any,
+    x: Tensor,
+    start: str,
+    num_samples: int,
+    burn_in: int,
+    leapfrog_steps: int,
+    rows: range,
+    seed: int,
+) -> hmc.Samples:
+    """Samples of p(z|x) for these rows; their seed is that of the first of them."""
+    seed = step_seed(seed, rows.start, EVALUATE_CHAIN)
+    z = model.encoder(x)[0]
+    if start == "prior":
+        z = functional.philox_normal(z.shape, seed=seed, dtype=z.dtype, device=z.device)
+    return hmc.sample(
+        hmc.log_joint(model, x),
+        z,
+        num_samples=num_samples,
+        burn_in=burn_in,
+        leapfrog_steps=leapfrog_steps,
+        seed=seed,
+    )
 
 
 # --- log-likelihoods ----------------------------------------------------------------------------------------

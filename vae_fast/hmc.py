@@ -26,7 +26,7 @@ LogDensity = Callable[[Tensor], Tensor]
 
 TARGET_ACCEPTANCE = 0.9
 # Each step size is scaled by a number from [1 - JITTER, 1 + JITTER], new for every chain and transition.
-# Without it a chain whose trajectories are half a period of a Gaussian long goes to and fro between two points.
+# Without it a chain whose trajectories are half a period of a Gaussian long goes between two points for ever.
 JITTER = 0.3
 
 
