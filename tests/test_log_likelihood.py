@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vae_fast import VAE, reference
 from vae_fast.estimators import EVALUATE_IMPORTANCE, step_seed
-from vae_fast.evaluation import bound, importance_log_likelihood, marginal_likelihood
+from vae_fast.evaluation import bound, figure3_likelihoods, importance_log_likelihood, marginal_likelihood
 
 
 @pytest.fixture
@@ -206,6 +206,16 @@ def test_appendix_d_is_the_same_each_time(model: LinearGaussian, x: Tensor) -> N
 def test_appendix_d_says_how_many_samples_it_needs(model: LinearGaussian, x: Tensor) -> None:
     with pytest.raises(ValueError, match="num_samples: got 19, wanted at least 20 for 3 latent variables"):
         marginal_likelihood(model, x, num_samples=19)
+
+
+def test_figure_3_is_appendix_d_on_the_first_thousand_datapoints_of_each_set(model: LinearGaussian) -> None:
+    x = model.draw(1100).float()
+    train, test = figure3_likelihoods(model, x, x[:40], seed=3)
+    assert (train.count, test.count) == (1000, 40)
+    wanted = marginal_likelihood(model, x[:40], num_samples=50, leapfrog_steps=4, seed=3)
+    assert torch.equal(test.per_datapoint, wanted.per_datapoint)
+    exact = model.evidence(x[:1000].double()).mean().item()
+    assert exact < train.mean < exact + 0.35
 
 
 def test_chains_that_never_move_are_told(model: LinearGaussian, x: Tensor) -> None:

@@ -41,7 +41,7 @@ class State(NamedTuple):
 class Samples(NamedTuple):
     """What :func:`sample` returns: z ``[L, B, Z]``, their log-density ``[L, B]``, and how the chains went.
 
-    ``acceptance`` ``[B]`` is the share of each chain's L proposals that it took; ``step_size`` the one that
+    ``acceptance`` ``[B]`` is the share of each chain's L proposals that it took; ``step_size`` ``[B]`` what
     they were made with.
     """
 
@@ -102,7 +102,7 @@ def transition(
     Args:
         log_density: the density that the chains leave invariant.
         state: where they are.
-        step_size: of the leapfrog steps, before its jitter.
+        step_size: of the leapfrog steps, before its jitter; one number or ``[B]``.
         leapfrog_steps: how many of them; each takes one gradient.
         seed: momenta are ``philox_normal(z.shape, seed)``. With u = (w + 1/2) / 2**32 for the words w
             ``[2, B]`` of :func:`vae_fast.batches.uniform_words` and the same seed, chain b moves if u_0b <
@@ -116,7 +116,7 @@ def transition(
         seed = torch.full((1,), signed64(seed), dtype=torch.int64, device=state.z.device)
     momentum = philox_normal(state.z.shape, seed=seed, dtype=state.z.dtype)
     uniform = (uniform_words((2, len(state.z)), seed).double() + 0.5) / 2**32
-    jittered = step_size * (1 + JITTER * (2 * uniform[1] - 1)).to(state.z).unsqueeze(-1)
+    jittered = (step_size * (1 + JITTER * (2 * uniform[1] - 1)).to(state.z)).unsqueeze(-1)
     proposal, last = leapfrog(log_density, state, momentum, jittered, leapfrog_steps)
     kinetic_gain = 0.5 * (last**2 - momentum**2).sum(dim=-1)
     log_ratio = proposal.log_density - state.log_density - kinetic_gain
@@ -155,15 +155,17 @@ def sample(
 ) -> Samples:
     """``num_samples`` states of every chain, one per transition, after ``burn_in`` transitions.
 
-    The step size is tuned to an acceptance rate of ``target`` during the burn-in and then stays at the
-    geometric mean of the last quarter's, because :func:`tuned` goes up and down around the right one: a chain
-    that goes on tuning does not keep its density.
+    Step sizes are tuned to an acceptance rate of ``target`` during the burn-in and then stay: a chain that
+    goes on tuning does not keep its density. The first half of the burn-in tunes one for all chains
+    (:func:`tuned`), which is quick; the second gives each chain its own, because posteriors differ in width::
+
+        log step_size_b += 0.5 (moved_b - target)
 
     Args:
         log_density: see the module.
         z: where the chains begin, ``[B, Z]``.
         num_samples, burn_in, leapfrog_steps: how long.
-        step_size: the first one.
+        step_size: the first one, of all.
         seed: transition t has the seed ``step_seed(seed, t, CHAIN)``.
     """
     for name, value, least in (
@@ -178,20 +180,18 @@ def sample(
     if not 0 < target < 1:
         raise ValueError(f"target: got {target}, wanted a number between 0 and 1")
     state = state_at(log_density, z)
-    size = torch.full((), step_size, dtype=z.dtype, device=z.device)
+    size = torch.full(z.shape[:1], step_size, dtype=z.dtype, device=z.device)
     zs: list[Tensor] = []
     log_densities: list[Tensor] = []
     moves: list[Tensor] = []
-    tunings: list[Tensor] = []
     for t in range(burn_in + num_samples):
         state, moved = transition(
             log_density, state, size, leapfrog_steps=leapfrog_steps, seed=step_seed(seed, t, CHAIN)
         )
-        if t < burn_in:
+        if t < burn_in // 2:
             size = tuned(size, moved, state, target)
-            tunings.append(size)
-            if t == burn_in - 1:
-                size = torch.stack(tunings[3 * burn_in // 4 :]).log().mean().exp()
+        elif t < burn_in:
+            size = size * (0.5 * (moved.to(size) - target)).exp()
         else:
             zs.append(state.z)
             log_densities.append(state.log_density)
