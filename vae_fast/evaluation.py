@@ -252,7 +252,7 @@ def marginal_likelihood(
        log p(x) = -log 1/L sum_l q(z_l) / (p(z_l) p(x|z_l)).
 
     The mean is unbiased for 1 / p(x), so its -log is above log p(x) on average: by 0.2 nats with 50 samples
-    of a Gaussian posterior in 3 dimensions, by 0.08 with 100 and 0.01 with 200. A chain that never leaves one
+    of a Gaussian posterior in 3 dimensions, by 0.08 with 100 and 0.02 with 200. A chain that never leaves one
     mode of the posterior misses the others, and is below. Neighbours in a chain are not independent, so the
     standard errors are too small.
 
