@@ -47,6 +47,7 @@ def test_the_bound_is_equation_7_with_the_documented_noise(model: VAE, x: Tensor
     assert result.kl == pytest.approx(kl, rel=1e-5)
     assert result.elbo == pytest.approx(log_likelihood - kl, rel=1e-5)
     assert result.count == 257
+    assert (result.rate, result.distortion) == (result.kl, -result.log_likelihood)
 
 
 @pytest.mark.parametrize("batch_size", [1, 30, 100, 128, 256, 257, 5000])

@@ -6,8 +6,9 @@ Drop-in functions and modules for any PyTorch model, and a complete trainer of t
 
 from __future__ import annotations
 
-from . import checkpoint, datasets, distributions, evaluation, presets, reference
+from . import checkpoint, datasets, distributions, evaluation, hmc, presets, reference
 from ._extension import build_info
+from .algorithms import AutoEncoder, FullVB, MonteCarloEM, WakeSleep
 from .functional import (
     ELBO,
     bernoulli_log_likelihood,
@@ -37,16 +38,20 @@ __version__ = "0.1.0"
 __all__ = [
     "ELBO",
     "VAE",
+    "AutoEncoder",
     "BernoulliNLL",
     "ELBOLoss",
+    "FullVB",
     "GaussianKL",
     "History",
     "LinearBernoulliNLL",
     "MLPDecoder",
     "MLPEncoder",
+    "MonteCarloEM",
     "Reparameterize",
     "Trainer",
     "TrainingError",
+    "WakeSleep",
     "bernoulli_log_likelihood",
     "build_info",
     "checkpoint",
@@ -56,6 +61,7 @@ __all__ = [
     "evaluation",
     "gaussian_kl",
     "gaussian_log_likelihood",
+    "hmc",
     "linear_bernoulli_log_likelihood",
     "pack_bits",
     "philox_normal",

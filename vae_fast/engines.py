@@ -146,16 +146,25 @@ class StepProgram:
     def __call__(self, size: int) -> None:
         estimate = self.estimate(size)
         self.update(estimate)
+        self.record(estimate)
+
+    def record(self, estimate: Estimate) -> None:
+        """Leaves the step's terms in the buffer and moves the counter on."""
         terms = torch.stack(self.means(estimate)).to(self.terms.dtype)
         self.terms.index_copy_(0, self.cursor, terms.unsqueeze(0))
         self.cursor += 1
 
-    def estimate(self, size: int) -> Estimate:
-        """The estimator's terms for the step that the counter points to."""
+    def minibatch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, x, the seed of the noise) of the step that the counter points to."""
         rows = self.rows.index_select(0, self.cursor)[0, :size]
         seeds = self.seeds.index_select(0, self.cursor)[0]
         noise_seed, binarise_seed = seeds[:1], seeds[1:]
-        return self.estimate_batch(self.source.batch(rows, binarise_seed), noise_seed)
+        return rows, self.source.batch(rows, binarise_seed), noise_seed
+
+    def estimate(self, size: int) -> Estimate:
+        """The estimator's terms for the step that the counter points to."""
+        _, x, seed = self.minibatch(size)
+        return self.estimate_batch(x, seed)
 
     def estimate_batch(self, x: Tensor, seed: int | Tensor) -> Estimate:
         plan = self.plan
@@ -177,6 +186,9 @@ class StepProgram:
     def means(self, estimate: Estimate) -> StepTerms:
         log_likelihood, kl = estimate.log_likelihood.detach().mean(), estimate.kl.detach().mean()
         return StepTerms(log_likelihood - self.plan.beta * kl, log_likelihood, kl)
+
+
+ProgramType = Callable[[ModuleType, Any, torch.optim.Optimizer, Source, Plan, torch.device], StepProgram]
 
 
 class Recorder(Protocol):
@@ -346,12 +358,13 @@ def make_engine(
     source: Source,
     plan: Plan,
     device: torch.device,
+    program_type: ProgramType = StepProgram,
 ) -> tuple[Engine, str]:
-    """An engine by name, and why this one."""
+    """An engine by name, and why this one. ``program_type`` makes the program of another algorithm's step."""
     check_engine(name)
     why = "asked for" if name != "auto" else "the fastest engine of this version, for any encoder and decoder"
     ops = reference if name == "reference" else functional
-    program = StepProgram(ops, model, optimizer, source, plan, device)
+    program = program_type(ops, model, optimizer, source, plan, device)
     if name == "reference":
         return AutogradEngine("reference", program), why
     if device.type != "cuda":

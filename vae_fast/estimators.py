@@ -32,6 +32,7 @@ _STREAM = 0xD1B54A32D192ED03
 
 # Every use of randomness has a stream of its own, so that no two ever share a seed.
 NOISE, ORDER, BINARISE, MODULES, EVALUATE, EVALUATE_BINARISE = range(6)
+CHAIN, EVALUATE_CHAIN, EVALUATE_IMPORTANCE = range(16, 19)
 
 
 def splitmix64(state: int) -> int:

@@ -34,7 +34,9 @@ from .engines import (
     Engine,
     Incident,
     Plan,
+    ProgramType,
     State,
+    StepProgram,
     check_engine,
     copy_state,
     first_random_state,
@@ -50,7 +52,7 @@ from .estimators import (
     default_estimator,
     initial_state,
 )
-from .evaluation import bound
+from .evaluation import Bound, bound
 from .nn import VAE
 from .optim import OptimizerFactory, make_optimizer
 
@@ -198,6 +200,8 @@ class Trainer:
         history, samples_seen, step_count, incidents: of the whole training, resumed parts included.
     """
 
+    kind = "vae_fast.Trainer"  # what a checkpoint calls itself
+
     def __init__(
         self,
         model: VAE,
@@ -309,7 +313,7 @@ class Trainer:
         s = self.settings
         plan = Plan(s.seed, s.estimator, s.num_samples, s.beta, s.weight_prior, self._estimator_state)
         engine, self.engine_reason = make_engine(
-            self.engine, self.model, self.optimizer, source, plan, self.device
+            self.engine, self.model, self.optimizer, source, plan, self.device, self._program_type()
         )
         self.engine_name = engine.name
         end = self.samples_seen + max_samples
@@ -416,6 +420,10 @@ class Trainer:
             f"steps {first} to {self.step_count - 1} were finite only when they were repeated"
         )
 
+    def _program_type(self) -> ProgramType:
+        """What computes a step; other algorithms have others (:mod:`vae_fast.algorithms`)."""
+        return StepProgram
+
     # --- reports --------------------------------------------------------------------------------------------
 
     def _report(self, test: Prepared | None) -> None:
@@ -425,13 +433,16 @@ class Trainer:
             self.samples_seen, self.step_count, self.seconds, log_likelihood - kl, log_likelihood, kl
         )
         if test is not None:
-            result = bound(self.model, test, seed=self.settings.seed)
+            result = self._evaluate(test)
             row = replace(
                 row, test_bound=result.elbo, test_log_likelihood=result.log_likelihood, test_kl=result.kl
             )
         self.history.rows.append(row)
         self._interval = np.zeros(3)
         log.info("%s", _summary(row))
+
+    def _evaluate(self, test: Prepared) -> Bound:
+        return bound(self.model, test, seed=self.settings.seed)
 
     def _say(self, bar: Any, message: str) -> None:
         log.info("%s", message)
@@ -505,7 +516,7 @@ class Trainer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint: one safetensors file, replaced as a whole or not at all."""
         state = self.state_dict()
-        checkpoints.save(path, state["tensors"], {**state["meta"], "kind": "vae_fast.Trainer"})
+        checkpoints.save(path, state["tensors"], {**state["meta"], "kind": self.kind})
 
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Goes on from a checkpoint, with this trainer's model and settings, which must be those of the
@@ -515,7 +526,7 @@ class Trainer:
             CheckpointError: the file is not a whole checkpoint.
             ValueError: it is one of another model or other settings.
         """
-        self.load_state_dict(_read(path))
+        self.load_state_dict(_read(path, self.kind))
 
     @classmethod
     def load(
@@ -541,7 +552,7 @@ class Trainer:
             CheckpointError: the file is not a whole checkpoint.
             ValueError: the model or the optimizer is missing, or is another.
         """
-        state = _read(path)
+        state = _read(path, cls.kind)
         meta = state["meta"]
         if model is None:
             if meta["model"] is None:
@@ -654,14 +665,14 @@ _ENTRIES = {
 _OF_THE_MACHINE = ("fused", "foreach", "capturable")  # how an optimizer computes, not what
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The ``state_dict()`` in a checkpoint."""
+def _read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The ``state_dict()`` in a checkpoint of that kind."""
     tensors, meta = checkpoints.load(path)
-    kind = "vae_fast.Trainer"
     missing = sorted(_ENTRIES - meta.keys()) if meta.get("kind") == kind else [kind]
     if missing:
+        wanted = kind.removeprefix("vae_fast.")
         raise CheckpointError(
-            f"{os.fspath(path)}: found no {missing[0]!r} in it, wanted a checkpoint of a Trainer"
+            f"{os.fspath(path)}: found no {missing[0]!r} in it, wanted a checkpoint of a {wanted}"
         )
     return {"tensors": tensors, "meta": meta}
 
