@@ -458,8 +458,8 @@ def test_more_weight_samples_than_datapoints_are_refused() -> None:
         small(FullVB, weight_samples=21)
 
 
-@pytest.mark.parametrize("algorithm", [vf.WakeSleep, vf.MonteCarloEM, vf.FullVB, vf.AutoEncoder])
+@pytest.mark.parametrize("algorithm", [WakeSleep, MonteCarloEM, FullVB, AutoEncoder])
 def test_another_posterior_is_refused(algorithm):
-    model = vf.VAE(data_dim=4, hidden_dims=[3], latent_dim=2, posterior="logistic")
+    model = VAE(data_dim=4, hidden_dims=[3], latent_dim=2, posterior="logistic")
     with pytest.raises(ValueError, match="model: got the posterior 'logistic'"):
         algorithm(model)
