@@ -52,21 +52,6 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
 #endif
   }
 
-  // a = n ln 2 + r with |r| <= ln(2)/2 and 2^(n + bias), where n + bias + 127 must be in [0, 255]: adding a number
-  // of magnitude 2^23 rounds to an integer, whose low bits are then moved to where an exponent stands.
-  struct Reduced {
-    V r, power;
-    VAE_FAST_INLINE Reduced(V a, V bias) {
-      V offset = bias + (12582912.0f + 127.0f);
-      V shifted = fma(a, constant<V>(1.44269504088896341), offset);
-      V n = shifted - offset;
-      power = from_bits(bits(shifted) << 23);
-      r = fma(n, constant<V>(-0.693359375), a);  // ln 2 in two parts: the product with the first is exact
-      r = fma(n, constant<V>(2.12194440e-4), r);
-    }
-    VAE_FAST_INLINE V expm1() const { return fma(exp_from_second_order(r), r * r, r); }
-  };
-
   // These keep NaN, as the instructions do for their second operand: it then passes through the polynomial whatever
   // its power is.
   static VAE_FAST_INLINE V at_least(V a, float low) {
@@ -86,28 +71,17 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
   // first product is exact.
   static VAE_FAST_INLINE V exp(V a) {
     a = at_most(at_least(a, -104.0f), 89.0f);
-    Reduced x(a, a < V{} ? constant<V>(64.0) : constant<V>(-64.0));
+    ReducedExponent<V> x(a, a < V{} ? constant<V>(64.0) : constant<V>(-64.0));
     V scale = a < V{} ? constant<V>(0x1p-64) : constant<V>(0x1p64);
     return fma(x.expm1(), scale, scale) * x.power;
   }
   static VAE_FAST_INLINE V exp_nonpositive(V a) {
-    Reduced x(at_least(a, -104.0f), constant<V>(64.0));
+    ReducedExponent<V> x(at_least(a, -104.0f), constant<V>(64.0));
     V scale = constant<V>(0x1p-64);
     return fma(x.expm1(), scale, scale) * x.power;
   }
-  // With p = exp(r) - 1, 2 (p 2^(n - 1) + (2^(n - 1) - 1/2)): 2^n itself overflows at n = 128.
-  static VAE_FAST_INLINE V expm1(V a) {
-    Reduced x(at_most(at_least(a, -30.0f), 89.0f), constant<V>(-1.0));
-    V half = fma(x.expm1(), x.power, x.power - 0.5f);
-    return half + half;
-  }
-  // exp(a) - 1 - a, which near 0 is what the subtraction would lose
-  static VAE_FAST_INLINE V expm1_minus_identity(V a) {
-    Reduced x(at_most(at_least(a, -30.0f), 89.0f), constant<V>(-1.0));
-    V second_order = exp_from_second_order(x.r) * (x.r * x.r);
-    V half = fma(second_order + x.r, x.power, x.power - 0.5f);
-    return x.power == constant<V>(0.5) ? second_order : half + half - a;  // power is 1/2 where n is 0, and r is a
-  }
+  static VAE_FAST_INLINE V expm1(V a) { return expm1_by_exponent(a); }
+  static VAE_FAST_INLINE V expm1_minus_identity(V a) { return expm1_minus_identity_by_exponent(a); }
   static VAE_FAST_INLINE V log1p_nonnegative(V t) { return log1p_by_exponent(t); }
 
   // the 64-bit product of every lane with m, even and odd lanes apart: high and low words

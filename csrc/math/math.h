@@ -34,6 +34,40 @@ VAE_FAST_INLINE V exp_from_second_order(V r) {
   return Math<V>::fma(odd, r, even);
 }
 
+// a = n ln 2 + r with |r| <= ln(2)/2, and 2^(n + bias), where n + bias + 127 must be in [0, 255]: adding a number of
+// magnitude 2^23 rounds to an integer, whose low bits are then moved to where an exponent stands.
+template <class V>
+struct ReducedExponent {
+  using M = Math<V>;
+  V r, power;
+  VAE_FAST_INLINE ReducedExponent(V a, V bias) {
+    V offset = bias + (12582912.0f + 127.0f);
+    V shifted = M::fma(a, constant<V>(1.44269504088896341), offset);
+    V n = shifted - offset;
+    power = M::from_bits(M::bits(shifted) << 23);
+    r = M::fma(n, constant<V>(-0.693359375), a);  // ln 2 in two parts: the product with the first is exact
+    r = M::fma(n, constant<V>(2.12194440e-4), r);
+  }
+  VAE_FAST_INLINE V expm1() const { return M::fma(exp_from_second_order(r), r * r, r); }
+};
+
+// With p = exp(r) - 1, 2 (p 2^(n - 1) + (2^(n - 1) - 1/2)): 2^n itself overflows at n = 128.
+template <class V>
+VAE_FAST_INLINE V expm1_by_exponent(V a) {
+  ReducedExponent<V> x(Math<V>::at_most(Math<V>::at_least(a, -30.0f), 89.0f), constant<V>(-1.0));
+  V half = Math<V>::fma(x.expm1(), x.power, x.power - 0.5f);
+  return half + half;
+}
+
+// exp(a) - 1 - a, which near 0 is what the subtraction would lose
+template <class V>
+VAE_FAST_INLINE V expm1_minus_identity_by_exponent(V a) {
+  ReducedExponent<V> x(Math<V>::at_most(Math<V>::at_least(a, -30.0f), 89.0f), constant<V>(-1.0));
+  V second_order = exp_from_second_order(x.r) * (x.r * x.r);
+  V half = Math<V>::fma(second_order + x.r, x.power, x.power - 0.5f);
+  return x.power == constant<V>(0.5) ? second_order : half + half - a;  // power is 1/2 where n is 0, and r is a
+}
+
 // log(1 + f) = f + f^2 Q(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]; minimax fit, error 4e-9 of the result. Accurate near
 // f = 0, where the log of a rounded 1 + f would not be.
 template <class V>
@@ -80,15 +114,13 @@ struct Math<float> {
     return a / b;
 #endif
   }
+  static VAE_FAST_INLINE float at_least(float a, float low) { return a < low ? low : a; }  // these keep NaN
+  static VAE_FAST_INLINE float at_most(float a, float high) { return a > high ? high : a; }
   static VAE_FAST_INLINE float sqrt(float a) { return ::sqrtf(a); }
   static VAE_FAST_INLINE float exp(float a) { return ::expf(a); }
   static VAE_FAST_INLINE float exp_nonpositive(float a) { return ::expf(a); }
-  static VAE_FAST_INLINE float expm1(float a) { return ::expm1f(a); }
-  // exp(a) - 1 - a, which near 0 is what the subtraction would lose
-  static VAE_FAST_INLINE float expm1_minus_identity(float a) {
-    float series = a * a * exp_from_second_order(a), difference = ::expm1f(a) - a;
-    return ::fabsf(a) < 0.34f ? series : difference;
-  }
+  static VAE_FAST_INLINE float expm1(float a) { return expm1_by_exponent(a); }
+  static VAE_FAST_INLINE float expm1_minus_identity(float a) { return expm1_minus_identity_by_exponent(a); }
   static VAE_FAST_INLINE float log1p_nonnegative(float t) { return log1p_by_exponent(t); }
   static VAE_FAST_INLINE float from_int(int32_t i) { return static_cast<float>(i); }
   static VAE_FAST_INLINE float from_uint(uint32_t i) { return static_cast<float>(i); }
