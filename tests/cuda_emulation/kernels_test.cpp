@@ -698,7 +698,7 @@ void test(const Case& c, GaussianDoubleBackward) {
 template <class Args>
 concept HasTargets = requires(Args a) { a.x_rows; };
 template <class Args>
-concept TakesBits = HasTargets<Args> && !requires(Args a) { a.logvar; };
+concept TakesBits = HasTargets<Args> && !requires(Args a) { a.logvar; } && !requires(Args a) { a.x_stride; };
 template <class Args>
 concept HasSamples = requires(Args a) { a.samples; };
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributions import posterior_of
-from ..estimators import GOLDEN
+from ..estimators import GOLDEN, default_estimator
 from ..nn import VAE
 from ..reference import signed64
 from ..trainer import Trainer
@@ -37,10 +37,11 @@ class Algorithm(Trainer):
     )
 
     def __init__(self, model: VAE, **options: Any) -> None:
-        of_trainer = inspect.signature(Trainer.__init__).parameters
+        of_trainer = {name: p.default for name, p in inspect.signature(Trainer.__init__).parameters.items()}
+        of_trainer["estimator"] = default_estimator(model)
         for name, value in options.items():
             # A checkpoint holds all settings: those that are not for this algorithm have their default.
-            if name not in self.shared and (name not in of_trainer or value != of_trainer[name].default):
+            if name not in self.shared and (name not in of_trainer or value != of_trainer[name]):
                 raise TypeError(
                     f"{name}: got {value!r}, but {type(self).__name__} has no such choice; its options are "
                     f"{', '.join(self.shared)}"
