@@ -1,4 +1,4 @@
-"""What waiting, broadcasting and making noise cost on a GPU: compiles latency.cu and normals.cu and runs them.
+"""What waiting, broadcasting and making noise cost on a GPU: compiles and runs latency.cu and normals.cu.
 
 python -m bench.latency [--out DIR] [--seconds S]
 

@@ -10,7 +10,7 @@ graphs made by hand, of several steps each; "JAX scan" is one call per epoch.
 
 Times are of the host's clock over a block of steps that ends in a synchronisation, rivals in turns.
 --check shows that each is right: with a given minibatch and noise it follows float64, and with its own it
-reaches float64's bound after 600 steps, within the spread of seeds.
+reaches float64's bound after 600 steps, within the spread of seeds. TF32 is timed, not checked.
 """
 
 from __future__ import annotations
@@ -410,7 +410,8 @@ def distance(name: str, work: Work, data: Tensor, *, steps: int = 2 * GRAPH_STEP
     return (wrong / way) ** 0.5
 
 
-DISTANCE = {"float32": 0.01, "tf32": 0.3}  # the first step has the sign of the gradient: rounding shows
+# Measured 1e-4 with Adagrad, whose first step has but the sign of the gradient, so that rounding shows.
+MAX_DISTANCE = 2e-3
 
 
 def check(
@@ -446,8 +447,7 @@ def check(
             line = summary(bounds)
             line["distance"] = distance(name, work, train)
             line["right"] = (
-                abs(line["mean"] - exact["mean"]) <= 2 * exact["sd"]
-                and line["distance"] <= DISTANCE[work.precision]
+                abs(line["mean"] - exact["mean"]) <= 2 * exact["sd"] and line["distance"] <= MAX_DISTANCE
             )
         except Exception as error:
             line = {"error": _describe(error), "right": False}
