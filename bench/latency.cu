@@ -168,7 +168,7 @@ void handoff(const Device& device) {
     });
     unsigned ids[2];
     CHECK(cudaMemcpy(ids, processors, sizeof ids, cudaMemcpyDeviceToHost));
-    Line("handoff").number("from_sm", ids[0]).number("to_sm", ids[1]).quantiles("us", us).print();
+    Line("handoff").number("pair", pair).number("from_sm", ids[0]).number("to_sm", ids[1]).quantiles("us", us).print();
   }
   CHECK(cudaFree(flags));
   CHECK(cudaFree(processors));

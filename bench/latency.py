@@ -82,8 +82,10 @@ def run_section(binary: Path, section: str, seconds: float) -> tuple[list[dict[s
 def run(seconds: float, command: str) -> dict[str, Any]:
     """Everything, within about ``seconds``; what failed and what was left out stands in "failures"."""
     end = time.monotonic() + seconds
-    result: dict[str, Any] = {**machine.describe(command), "lines": [], "failures": []}
     arch = gpu_arch()
+    nvcc = machine.output(resources.find_nvcc() or "nvcc", "--version").splitlines()
+    result: dict[str, Any] = {**machine.describe(command), "machine": "no GPU", "lines": [], "failures": []}
+    result["nvcc"] = nvcc[-1] if nvcc else None
     for program, (_, sections) in PROGRAMS.items():
         try:
             binary = build(program, arch)
@@ -96,8 +98,11 @@ def run(seconds: float, command: str) -> dict[str, Any]:
                 result["failures"].append(f"{program} {section}: no time left")
                 continue
             lines, failure = run_section(binary, section, min(SECONDS, left))
-            result["machine"] = next((x["name"] for x in lines if x["what"] == "device"), "no GPU")
-            result["lines"] += [x for x in lines if x["what"] != "device" or x not in result["lines"]]
+            for line in lines:
+                if line["what"] == "device":  # the same every time
+                    result["machine"], result["gpu"] = line["name"], line
+                else:
+                    result["lines"].append(line)
             if failure:
                 result["failures"].append(f"{program} {section}: {failure}")
     return result
@@ -107,8 +112,6 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
     """A table: what was measured, how, its settings, median and quantiles in microseconds."""
     table = [["what", "how", "settings", "us", "10 %", "90 %"]]
     for line in result["lines"]:
-        if line["what"] == "device":
-            continue
         settings = ", ".join(f"{k} {v:g}" for k, v in line.items() if isinstance(v, (int, float)))
         us = line.get("us", {})
         numbers = [f"{us[key]:.4g}" if us else "-" for key in ("median", "low", "high")]
