@@ -100,18 +100,13 @@ def initial(width: int, hidden: int, seed: int) -> Parameters:
 # ---- PyTorch -----------------------------------------------------------------------------------------------
 
 
-def forward(p: Parameters, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logits ``[M, D]``, mu and logvar ``[M, Z]``."""
+def negative_bound(p: Parameters, x: Tensor, eps: Tensor) -> Tensor:
+    """Mean over datapoints, nats."""
     h = torch.tanh(F.linear(x, p["w1"], p["b1"]))
     mu, logvar = F.linear(h, p["w2"], p["b2"]).chunk(2, dim=1)
     z = mu + eps * torch.exp(0.5 * logvar)
     h = torch.tanh(F.linear(z, p["w3"], p["b3"]))
-    return F.linear(h, p["w4"], p["b4"]), mu, logvar
-
-
-def negative_bound(p: Parameters, x: Tensor, eps: Tensor) -> Tensor:
-    """Mean over datapoints, nats."""
-    logits, mu, logvar = forward(p, x, eps)
+    logits = F.linear(h, p["w4"], p["b4"])
     reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
     kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum()
     return (reconstruction + kl) / x.shape[0]
@@ -162,6 +157,21 @@ class Eager:
             kind = torch.optim.Adagrad
         self.optimizer = kind(self.parameters.values(), **options)
 
+    def state(self) -> list[Tensor]:
+        """The optimizer's, all of it zero at the start."""
+        states = self.optimizer.state.values()
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+    @torch.no_grad()
+    def restart(self, seed: int) -> None:
+        """Back to the start, with another seed, in the same memory."""
+        start = initial(self.source.data.shape[1], self.parameters["b1"].shape[0], seed)
+        for name, p in self.parameters.items():
+            p.copy_(start[name])
+        for tensor in self.state():
+            tensor.zero_()
+        torch.manual_seed(seed)
+
     def step(self) -> None:
         x, eps = self.source.draw()
         self.optimizer.zero_grad(set_to_none=True)
@@ -188,11 +198,14 @@ class Compiled(Eager):
         self.source = source
         self.parameters = {name: p.to(source.data.device) for name, p in start.items()}
         self.update = Update(work.optimizer, self.parameters)
-        for tensor in [*self.parameters.values(), *self.update.tensors()]:
-            torch._dynamo.mark_static_address(tensor)  # or a graph would copy them in at every step
+        for tensor in [source.data, *self.parameters.values(), *self.state()]:
+            torch._dynamo.mark_static_address(tensor)  # or a graph would copy it in at every step
         self.call: Callable[[], None] = self._whole
         if mode is not None:
             self.call = torch.compile(self._whole, mode=mode, dynamic=False, fullgraph=True)
+
+    def state(self) -> list[Tensor]:
+        return self.update.tensors()
 
     def _whole(self) -> None:
         x, eps = self.source.draw()
@@ -209,9 +222,8 @@ class Captured:
 
     unit = GRAPH_STEPS
 
-    def __init__(self, rival: Eager) -> None:
+    def __init__(self, rival: Eager, seed: int) -> None:
         self.rival = rival
-        start = {name: p.detach().clone() for name, p in rival.parameters.items()}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -220,12 +232,10 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             rival.run(GRAPH_STEPS)
-        # As if the warm-up had not been.
-        with torch.no_grad():
-            for name, p in rival.parameters.items():
-                p.copy_(start[name])
-            for tensor in _state(rival):
-                tensor.zero_()
+        rival.restart(seed)  # as if the warm-up had not been
+
+    def restart(self, seed: int) -> None:
+        self.rival.restart(seed)
 
     def run(self, calls: int) -> None:
         for _ in range(calls):
@@ -236,13 +246,6 @@ class Captured:
 
     def result(self) -> Parameters:
         return self.rival.result()
-
-
-def _state(rival: Eager) -> list[Tensor]:
-    if isinstance(rival, Compiled):
-        return rival.update.tensors()
-    states = rival.optimizer.state.values()
-    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
 # ---- JAX ---------------------------------------------------------------------------------------------------
@@ -303,17 +306,25 @@ class Jax:
             return jax.lax.scan(lambda c, _: (step(c, data), None), carry, length=unit)[0]
 
         self._steps = jax.jit(steps, donate_argnums=0)
-        start = initial(source.data.shape[1], work.hidden, seed)
-
-        def zeros() -> Any:
-            return {name: put(torch.zeros_like(p)) for name, p in start.items()}
-
-        # XLA's own generator: on a GPU several times as fast as the default one.
-        key = jax.device_put(jax.random.key(seed, impl="rbg"), device)
-        parameters = {name: put(p) for name, p in start.items()}
-        moments = zeros() if work.optimizer == "adam" else {name: () for name in start}
-        self._carry = (parameters, zeros(), moments, put(torch.zeros(())), key)
         self._data = put(source.data) if given is None else tuple(put(t) for t in given)
+
+        def beginning(seed: int) -> Any:
+            start = initial(source.data.shape[1], work.hidden, seed)
+
+            def zeros() -> Any:
+                return {name: put(torch.zeros_like(p)) for name, p in start.items()}
+
+            # XLA's own generator: on a GPU several times as fast as the default one.
+            key = jax.device_put(jax.random.key(seed, impl="rbg"), device)
+            parameters = {name: put(p) for name, p in start.items()}
+            means = zeros() if work.optimizer == "adam" else {name: () for name in start}
+            return parameters, zeros(), means, put(torch.zeros(())), key
+
+        self._beginning = beginning
+        self.restart(seed)
+
+    def restart(self, seed: int) -> None:
+        self._carry = self._beginning(seed)
 
     def run(self, calls: int) -> None:
         for _ in range(calls):
@@ -339,13 +350,13 @@ MAKERS: dict[str, Maker] = {
     "fused optimizer": lambda w, s, seed, _: Eager(w, s, seed, fused=True),
     "compile": lambda w, s, seed, _: Compiled(w, s, seed, mode="default"),
     "compile, reduce-overhead": lambda w, s, seed, _: Compiled(w, s, seed, mode="reduce-overhead"),
-    "captured eager": lambda w, s, seed, _: Captured(Eager(w, s, seed, fused=True, captured=True)),
-    "captured compile": lambda w, s, seed, _: Captured(Compiled(w, s, seed, mode="default")),
+    "captured eager": lambda w, s, seed, _: Captured(Eager(w, s, seed, fused=True, captured=True), seed),
+    "captured compile": lambda w, s, seed, _: Captured(Compiled(w, s, seed, mode="default"), seed),
     "JAX jit": lambda w, s, seed, _: Jax(w, s, seed),
     "JAX scan": lambda w, s, seed, epoch: Jax(w, s, seed, unit=epoch),
     "compile, max-autotune": lambda w, s, seed, _: Compiled(w, s, seed, mode="max-autotune"),
     "captured compile, max-autotune": lambda w, s, seed, _: Captured(
-        Compiled(w, s, seed, mode="max-autotune-no-cudagraphs")
+        Compiled(w, s, seed, mode="max-autotune-no-cudagraphs"), seed
     ),
 }
 
@@ -370,29 +381,36 @@ def make(name: str, work: Work, source: Source, seed: int, epoch: int) -> Rival:
 # ---- are they right? ---------------------------------------------------------------------------------------
 
 
-def reference(work: Work, source: Source, seed: int, steps: int) -> Parameters:
-    """The same training in float64, its terms from vae_fast.reference; source in float64."""
+def paper_bound(p: Parameters, x: Tensor, eps: Tensor) -> Tensor:
+    """The bound of each datapoint ``[M]`` as the paper writes it (equation 10, appendix C), by
+    vae_fast.reference; nats."""
     from vae_fast import reference as paper
 
+    mu, logvar = (torch.tanh(x @ p["w1"].T + p["b1"]) @ p["w2"].T + p["b2"]).split(LATENT, dim=1)
+    sigma = logvar.exp().sqrt()
+    logits = torch.tanh((mu + sigma * eps) @ p["w3"].T + p["b3"]) @ p["w4"].T + p["b4"]
+    return paper.bernoulli_log_likelihood(logits, x) - paper.gaussian_kl(mu, logvar)
+
+
+def reference(work: Work, source: Source, seed: int, steps: int) -> Parameters:
+    """The same training in float64; source in float64."""
     torch.manual_seed(seed)
     start = initial(source.data.shape[1], work.hidden, seed)
     parameters = {name: p.double().to(source.data.device).requires_grad_() for name, p in start.items()}
     update = Update(work.optimizer, parameters)
     for _ in range(steps):
-        x, eps = source.draw()
-        logits, mu, logvar = forward(parameters, x, eps)
-        bound = paper.bernoulli_log_likelihood(logits, x) - paper.gaussian_kl(mu, logvar)
-        gradients = torch.autograd.grad(-bound.mean(), list(parameters.values()))
+        loss = -paper_bound(parameters, *source.draw()).mean()
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
         with torch.no_grad():
             update(parameters, dict(zip(parameters, gradients, strict=True)))
     return {name: p.detach().cpu() for name, p in parameters.items()}
 
 
 def bound(parameters: Parameters, x: Tensor) -> float:
-    """The bound on x ``[N, D]``, one sample each, in float64; nats per datapoint, always the same noise."""
+    """The mean bound on x ``[N, D]``, one sample each, in float64, always with the same noise; nats."""
     eps = torch.randn((x.shape[0], LATENT), generator=torch.Generator().manual_seed(7)).double()
     on = {name: p.to(x.device) for name, p in parameters.items()}
-    return -float(negative_bound(on, x.double(), eps.to(x.device)))
+    return float(paper_bound(on, x.double(), eps.to(x.device)).mean())
 
 
 def distance(name: str, work: Work, data: Tensor, *, steps: int = 2 * GRAPH_STEPS) -> float:
@@ -439,8 +457,9 @@ def check(
     for name in chosen:
         try:
             bounds = []
+            rival = make(name, work, Source(train, work.batch), 0, steps)
             for seed in range(seeds):
-                rival = make(name, work, Source(train, work.batch), seed, steps)
+                rival.restart(seed)
                 rival.run(steps // rival.unit)
                 rival.finish()
                 bounds.append(bound(rival.result(), test))

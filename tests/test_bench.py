@@ -230,17 +230,30 @@ def pixels() -> torch.Tensor:
     return torch.rand((64, 12), generator=torch.Generator().manual_seed(1)).round()
 
 
-@pytest.mark.parametrize("optimizer", list(rivals.LEARNING_RATES))
-@pytest.mark.parametrize("name", ["eager", "fused optimizer", "whole step", "JAX jit", "JAX scan"])
-def test_every_rival_follows_float64_with_the_same_minibatch_and_noise(
-    name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if "JAX" in name:
+@pytest.fixture(params=["eager", "fused optimizer", "whole step", "JAX jit", "JAX scan"])
+def rival(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if "JAX" in request.param:
         pytest.importorskip("jax")
     # What torch.compile is given: compiling it takes longer than all other tests of this file together.
     whole = {"whole step": lambda w, s, seed, _: rivals.Compiled(w, s, seed, mode=None)}
     monkeypatch.setattr(rivals, "MAKERS", rivals.MAKERS | whole)
-    assert rivals.distance(name, replace(TINY, optimizer=optimizer), pixels()) < 1e-4
+    return request.param
+
+
+@pytest.mark.parametrize("optimizer", list(rivals.LEARNING_RATES))
+def test_every_rival_follows_float64_with_the_same_minibatch_and_noise(rival: str, optimizer: str) -> None:
+    assert rivals.distance(rival, replace(TINY, optimizer=optimizer), pixels()) < 1e-4
+
+
+def test_a_rival_that_is_restarted_forgets_what_it_has_learned(rival: str) -> None:
+    work = replace(TINY, optimizer="adam")
+    started = rivals.make(rival, work, rivals.Source(pixels(), work.batch), 5, epoch=4)
+    results = []
+    for seed in (5, 5, 6):
+        started.restart(seed)
+        started.run(4 // started.unit)
+        results.append(started.result()["w1"])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
 @pytest.mark.slow
