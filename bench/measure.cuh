@@ -51,7 +51,7 @@ static __global__ void backlog(unsigned nanoseconds_to_wait) {
 struct Launch {
   int blocks, threads;
   size_t shared_bytes = 0;
-  int cluster = 1;            // blocks per cluster
+  int cluster = 0;            // blocks per cluster; 0: launched without
   bool cooperative = false;   // refused where not all blocks can run at once
   bool programmatic = false;  // may begin before the kernel in front of it has ended
   cudaStream_t stream = nullptr;
@@ -84,7 +84,7 @@ struct Launch {
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
-    if (cluster > 1) {
+    if (cluster > 0) {
       cudaLaunchAttribute& a = attributes[config.numAttrs++];
       a.id = cudaLaunchAttributeClusterDimension;
       a.val.clusterDim.x = cluster;

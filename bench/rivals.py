@@ -200,17 +200,18 @@ class Compiled(Eager):
         self.update = Update(work.optimizer, self.parameters)
         for tensor in [source.data, *self.parameters.values(), *self.state()]:
             torch._dynamo.mark_static_address(tensor)  # or a graph would copy it in at every step
-        self.call: Callable[[], None] = self._whole
+        self.call: Callable[[], Tensor] = self._whole
         if mode is not None:
             self.call = torch.compile(self._whole, mode=mode, dynamic=False, fullgraph=True)
 
     def state(self) -> list[Tensor]:
         return self.update.tensors()
 
-    def _whole(self) -> None:
+    def _whole(self) -> Tensor:
         x, eps = self.source.draw()
-        gradients = torch.func.grad(negative_bound)(self.parameters, x, eps)
+        gradients, loss = torch.func.grad_and_value(negative_bound)(self.parameters, x, eps)
         self.update(self.parameters, gradients)
+        return loss  # for whoever wants to look at it; without it less would be computed than elsewhere
 
     def step(self) -> None:
         with torch.no_grad():
@@ -286,9 +287,9 @@ class Jax:
             return data[index], jax.random.normal(for_noise, (source.batch, LATENT))
 
         def step(carry: Any, data: Any) -> Any:
-            p, square, mean, count, key = carry
+            p, square, mean, count, key, _ = carry
             key, now = jax.random.split(key)
-            g = jax.grad(negative_bound)(p, *draw(now, data))
+            loss, g = jax.value_and_grad(negative_bound)(p, *draw(now, data))
             each, count = jax.tree.map, count + 1
             if work.optimizer == "adagrad":
                 square = each(lambda s, g: s + g * g, square, g)
@@ -298,7 +299,7 @@ class Jax:
                 square = each(lambda s, g: BETA2 * s + (1 - BETA2) * g * g, square, g)
                 rate, scale = lr / (1 - BETA1**count), 1 / (1 - BETA2**count)
                 p = each(lambda p, m, s: p - rate * m / (jnp.sqrt(s * scale) + ADAM_EPS), p, mean, square)
-            return p, square, mean, count, key
+            return p, square, mean, count, key, loss
 
         def steps(carry: Any, data: Any) -> Any:
             if unit == 1:
@@ -318,7 +319,8 @@ class Jax:
             key = jax.device_put(jax.random.key(seed, impl="rbg"), device)
             parameters = {name: put(p) for name, p in start.items()}
             means = zeros() if work.optimizer == "adam" else {name: () for name in start}
-            return parameters, zeros(), means, put(torch.zeros(())), key
+            nothing = put(torch.zeros(()))
+            return parameters, zeros(), means, nothing, key, jnp.zeros_like(nothing)
 
         self._beginning = beginning
         self.restart(seed)
