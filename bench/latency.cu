@@ -321,9 +321,9 @@ __device__ __forceinline__ void wait_for_bytes(uint64_t* arrived, unsigned phase
 // Every round: all blocks meet, then each reads `bytes` of `source`. `sum` becomes the sum of all words read in the
 // last round by all blocks, modulo 2^32, by which the host sees that they came.
 template <Read kRead>
-__global__ __launch_bounds__(256) void broadcast_kernel(int rounds, unsigned* counter, unsigned base,
-                                                        const uint4* source, unsigned bytes, unsigned piece,
-                                                        unsigned* sum) {
+__global__ __launch_bounds__(1024) void broadcast_kernel(int rounds, unsigned* counter, unsigned base,
+                                                         const uint4* source, unsigned bytes, unsigned piece,
+                                                         unsigned* sum) {
   constexpr bool kCopies = kRead == Read::bulk || kRead == Read::multicast;
   extern __shared__ __align__(128) unsigned char buffer[];
   __shared__ __align__(8) uint64_t arrived;
@@ -401,10 +401,10 @@ class Broadcast {
   }
 
   template <Read kRead>
-  void run(const char* how, unsigned bytes, int cluster, unsigned piece) {
+  void run(const char* how, unsigned bytes, int cluster, unsigned piece, int threads = 256) {
     const auto kernel = broadcast_kernel<kRead>;
     allow_everything(kernel, kWholeProcessor);
-    Launch launch{device_.processors / cluster * cluster, 256, kWholeProcessor, cluster};
+    Launch launch{device_.processors / cluster * cluster, threads, kWholeProcessor, cluster};
     launch.stream = device_.stream;
     const int seated = launch.active_clusters(kernel);
     launch.blocks = std::min(launch.blocks, seated * cluster);
@@ -421,6 +421,7 @@ class Broadcast {
         .number("bytes", kRead == Read::nothing ? 0 : bytes)
         .number("cluster", cluster)
         .number("blocks", launch.blocks)
+        .number("threads", threads)
         .quantiles("us", us)
         .print();
   }
@@ -453,7 +454,7 @@ void broadcast(const Device& device) {
   for (int cluster : {1, 2, 4, 8}) broadcast.run<Read::nothing>("nothing", 16, cluster, 16);
   for (unsigned kilobytes : {16u, 104u, 160u}) {
     const unsigned bytes = kilobytes * 1024;
-    broadcast.run<Read::plain>("plain", bytes, 1, bytes);
+    for (int threads : {256, 1024}) broadcast.run<Read::plain>("plain", bytes, 1, bytes, threads);
     broadcast.run<Read::bulk>("bulk", bytes, 1, bytes);
     broadcast.run<Read::bulk>("bulk, pieces of 8 KB", bytes, 1, 8192);
     for (int cluster : {2, 4, 8}) broadcast.run<Read::multicast>("multicast", bytes, cluster, bytes);

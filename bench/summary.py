@@ -72,7 +72,9 @@ def numbers(stem: str, content: dict[str, Any]) -> Numbers:
 def _latency_key(line: dict[str, Any]) -> tuple[str, ...]:
     """What, how, and the settings: numbers chosen before measuring, so that two runs have the same."""
     chosen = ("bytes", "cluster", "blocks", "threads", "pair")
-    settings = [f"{name} {line[name]:g}" for name in chosen if name in line]
+    if "elements" in line:
+        chosen = ("elements",)
+    settings = [f"{name} {line[name]:,.0f}" for name in chosen if name in line]
     return line["what"], line.get("how", ""), ", ".join(settings)
 
 
@@ -112,14 +114,15 @@ def latency_rows(content: dict[str, Any], second: Numbers) -> Rows:
     for line in content["lines"]:
         if "us" not in line:
             continue
-        key, us, rate = _latency_key(line), line["us"], ""
-        if line.get("bytes") and "gigabytes_per_s" in line:
-            rate = f"{line['gigabytes_per_s']:.0f} GB"
-        elif "elements_per_us" in line:
-            rate = f"{line['elements_per_us'] / 1e6:.3f}·10¹² normals"
+        key, us = _latency_key(line), line["us"]
+        what, how, settings = key
+        if "to_sm" in line:
+            how = f"SM {line['from_sm']} to {line['to_sm']}"
+        rates = [f"{line['elements_per_us'] / 1e6:.3f}·10¹² elements"] if "elements_per_us" in line else []
+        rates += [f"{line['gigabytes_per_s']:.0f} GB"] if line.get("gigabytes_per_s") else []
         again = f"{second[key]:.3f}" if key in second else "-"
         quantiles = f"{us['low']:.3f} to {us['high']:.3f}"
-        rows.append([*key, f"{us['median']:.3f}", quantiles, rate, again])
+        rows.append([what, how, settings, f"{us['median']:.3f}", quantiles, ", ".join(rates), again])
     return rows
 
 
@@ -226,7 +229,12 @@ def _bars(stem: str, found: Numbers) -> Figure:
         ax.invert_yaxis()
         for row, value in enumerate(bars.values()):
             ax.annotate(
-                f"{value:.3g}", (value, row), (3, 0), textcoords="offset points", va="center", fontsize=7
+                f"{value:.3g}" if value < 1000 else f"{value:,.0f}",
+                (value, row),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
             )
         ax.set_xlim(0, 1.12 * max(bars.values()))
     axes[-1].set_xlabel("µs" if stem == "latency" else "µs per step", color=plots.QUIET)
