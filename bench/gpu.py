@@ -1,11 +1,12 @@
-"""One command for a bare machine with a GPU: builds, tests, sanitizes and measures, within eight minutes.
+"""One command for a bare machine with a GPU: builds, tests, sanitizes and measures, in twenty minutes.
 
-python -m bench.gpu --out DIR [--parts build,tests,sanitizer,bench] [--quick] [--minutes 8]
+python -m bench.gpu --out DIR [--parts build,tests,...] [--quick] [--minutes M]
+python -m bench.gpu --plan      prints three commands of at most ten minutes each that do the same
 
 Needs torch, nvcc, ninja and pytest; no network. Run it in the root of a checkout. A part that fails or runs
 out of time is recorded, and the next one goes on; the exit status says whether all passed. Into DIR go
-gpu.json (all that was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt, operators.png and
-operators.html.
+gpu.json (all that was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt, operators.png,
+operators.html, and for bench.summary latency.json, sizes.json and rivals.json.
 """
 
 from __future__ import annotations
@@ -30,7 +31,19 @@ from . import machine, resources
 
 ROOT = machine.ROOT
 BUILD = ROOT / "build/bench"  # ignored by git; kept from part to part, and from call to call
-SHARES = {"build": 2.6, "tests": 1.9, "sanitizer": 1.0, "bench": 2.5}  # of the time, in order; unused goes on
+# Minutes of each part, in order; what one leaves goes on to the next. --minutes stretches all alike.
+SHARES = {
+    "build": 2.6,
+    "tests": 1.9,
+    "sanitizer": 1.0,
+    "bench": 2.5,
+    "latency": 1.5,
+    "sizes": 4.0,
+    "rivals": 6.9,
+}
+# Where a command may take ten minutes at most. A build that is there already takes seconds.
+PLAN = ("build,tests,sanitizer,bench", "build,latency,sizes", "build,rivals")
+SIZES = ("128x20", "128x784", "1024x1024", "16384x1024", "65536x1024")  # to 2**26 elements
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 LOG_BYTES = 100_000  # of a log that is kept: its end
 
@@ -272,11 +285,70 @@ def bench(session: Session, deadline: float) -> Part:
     return part
 
 
+def latency(session: Session, deadline: float) -> Part:
+    """What waiting, broadcasting and making noise cost."""
+    part = Part()
+    left = deadline - time.monotonic()
+    result = _measured(
+        part, ["bench.latency", "--out", session.out, "--seconds", f"{max(20.0, left - 5):.0f}"], deadline
+    )
+    part.text = result.output
+    return part
+
+
+def sizes(session: Session, deadline: float) -> Part:
+    """Bernoulli, KL and sampling and their rivals, from 128x20 to 2**26 elements."""
+    part = Part()
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = ["--operators", "bernoulli_log_likelihood", "gaussian_kl", "reparameterize"]
+        shapes = ["--shapes", *(SIZES[::2] if session.quick else SIZES)]
+        budget = f"{max(10.0, deadline - time.monotonic() - 25):.0f}"
+        command = ["bench.operators", *chosen, *shapes, "--no-accuracy", "--budget", budget]
+        _measured(part, [*command, "--device", "cuda", "--out", folder], deadline)
+        found = Path(folder)
+        if (found / "operators.json").exists():
+            shutil.copy(found / "operators.json", session.out / "sizes.json")
+            part.text = (found / "operators.txt").read_text(encoding="utf-8")
+    return part
+
+
+def rivals(session: Session, deadline: float) -> Part:
+    """The whole training step in every rival, each checked to be right."""
+    part = Part()
+    command: list[str | Path] = ["bench.rivals", "--device", "cuda", "--check", "--out", session.out]
+    command += ["--quick"] if session.quick else []
+    text = session.out / "rivals.txt"
+
+    def attempt(*more: str) -> Run:
+        budget = f"{max(10.0, deadline - time.monotonic() - 60):.0f}"  # the last line takes time too
+        text.unlink(missing_ok=True)
+        return _measured(part, [*command, "--budget", budget, *more], deadline)
+
+    # Two frameworks on one GPU, and each with libraries of its own: if that crashes, PyTorch goes on alone.
+    if (done := attempt()).code < 0 and not done.timed_out:
+        part.notes.append("again without JAX")
+        attempt("--without-jax")
+    if text.exists():
+        part.text = text.read_text(encoding="utf-8")
+    return part
+
+
+def _measured(part: Part, module: Sequence[str | Path], deadline: float) -> Run:
+    """Runs `python -m MODULE ...`; the part has failed if that does."""
+    result = run([sys.executable, "-m", *module], deadline)
+    if result.code:
+        part.fail(f"{module[0]}: {result.verdict}: {_last_lines(result.output)}")
+    return result
+
+
 PARTS: dict[str, Callable[[Session, float], Part]] = {
     "build": build,
     "tests": tests,
     "sanitizer": sanitizer,
     "bench": bench,
+    "latency": latency,
+    "sizes": sizes,
+    "rivals": rivals,
 }
 
 
@@ -330,20 +402,35 @@ def report(facts: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plan() -> list[str]:
+    """The commands of PLAN, with the minutes that each takes at most."""
+    return [
+        f"python -m bench.gpu --out results/{i} --parts {parts}  "
+        f"# {sum(SHARES[name] for name in parts.split(',')):.1f} minutes"
+        for i, parts in enumerate(PLAN, 1)
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="a folder; required but for --plan")
+    parser.add_argument("--plan", action="store_true", help="print the commands of at most ten minutes each")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
+    parser.add_argument("--minutes", type=float, help="for all parts together (by default what they need)")
     parser.add_argument("--commit", help="where the checkout cannot say it itself")
     arguments = parser.parse_args(argv)
     chosen = [name for name in arguments.parts.split(",") if name]
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"--parts: got {', '.join(sorted(unknown))}, wanted some of {','.join(PARTS)}")
+    if arguments.plan:
+        print("\n".join(plan()))
+        return 0
+    if arguments.out is None:
+        parser.error("--out: got none, wanted a folder")
     arguments.out.mkdir(parents=True, exist_ok=True)
     session = Session(arguments.out.resolve(), arguments.quick)
 
@@ -353,7 +440,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.gpu: torch sees no GPU; it needs one, and a CUDA build of torch", file=sys.stderr)
         return 2
     parts: dict[str, Part] = {}
-    seconds_per_share = 60 * arguments.minutes / sum(SHARES[name] for name in chosen)
+    whole = sum(SHARES[name] for name in chosen)
+    seconds_per_share = 60 * (arguments.minutes or whole) / whole
     shares = 0.0
     for name in [name for name in PARTS if name in chosen]:
         shares += SHARES[name]

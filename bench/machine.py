@@ -43,7 +43,7 @@ def describe(command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),
-        "versions": {name: installed(name) for name in ("vae-fast", "torch", "triton", "numpy")},
+        "versions": {name: installed(name) for name in ("vae-fast", "torch", "triton", "jax", "numpy")},
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
     }
 

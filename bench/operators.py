@@ -11,10 +11,11 @@ must move, half of them read and half written. Directions: forward under no_grad
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -393,13 +394,17 @@ def run(
     seconds: float | None = None,
     budget: float = 3600,
     only: Sequence[str] = (),
+    shapes: Sequence[tuple[int, int]] = (),
     compile: bool = True,
+    accurate: bool = True,
     command: str = "",
 ) -> dict[str, Any]:
     """Measures the operators, or only these functions, and their accuracy.
 
     Args:
         quick: the shapes that matter most.
+        shapes: these for every operator, not its own.
+        accurate: measure the accuracy too.
         seconds: per line of the table.
         budget: seconds after which no new line is begun; nothing new is compiled after 60 % of it.
 
@@ -422,10 +427,13 @@ def run(
     def say(what: str) -> None:
         print(f"{time.perf_counter() - start:6.1f} s  {what}", file=sys.stderr, flush=True)
 
-    result["accuracy"] = accuracy.run(device, only=only)
-    say("accuracy")
+    if accurate:
+        result["accuracy"] = accuracy.run(device, only=only)
+        say("accuracy")
     result["host"] = host_times(wanted, device)
     say("host times")
+    if shapes:
+        wanted = [replace(op, shapes=shapes) for op in wanted]
     if device.type == "cuda":
         result["kernels"] = resources.to_dicts(resources.of_extension(device))
     # In the order of importance: a shape of every operator, then the next; float32 first.
@@ -434,7 +442,7 @@ def run(
         for i in range(max(len(op.shapes) for op in wanted))
         for dtype in (DTYPES[:1] if quick and device.type == "cpu" else DTYPES)
         for op in wanted
-        if i < len(op.shapes) and (not quick or op.shapes[i] in QUICK[device.type])
+        if i < len(op.shapes) and (shapes or not quick or op.shapes[i] in QUICK[device.type])
     ]
     for op, shape, dtype in jobs:
         what = label(op, shape, dtype)
@@ -468,9 +476,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=None, help="per line of the table")
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no new line is begun")
     parser.add_argument("--operators", nargs="*", choices=functions(), default=[], help="only these")
+    parser.add_argument("--shapes", nargs="*", default=[], metavar="ROWSxCOLS", help="for every operator")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--no-accuracy", dest="accurate", action="store_false")
     parser.add_argument("--out", type=Path, help="a folder for operators.json, .txt, .png and .html")
     arguments = parser.parse_args(argv)
+    for shape in arguments.shapes:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            parser.error(f"--shapes: got {shape!r}, wanted ROWSxCOLS such as 128x784")
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
@@ -480,7 +493,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds=arguments.seconds,
         budget=arguments.budget,
         only=arguments.operators,
+        shapes=[(int(rows), int(cols)) for rows, cols in (shape.split("x") for shape in arguments.shapes)],
         compile=arguments.compile,
+        accurate=arguments.accurate,
         command=" ".join(["python -m bench.operators", *(sys.argv[1:] if argv is None else argv)]),
     )
     print(report.text(result))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,14 @@ from bench import (
     accuracy,
     every_operator,
     gpu,
+    latency,
     linear_bernoulli,
     machine,
     operators,
     report,
     resources,
+    rivals,
+    summary,
     timing,
 )
 
@@ -239,3 +243,202 @@ def test_the_machine_code_is_read() -> None:
 def test_the_program_for_sanitizers_calls_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
     every_operator.main(["--device", "cpu"])
     assert "all finite" in capsys.readouterr().out
+
+
+# ---- the rivals of the whole step --------------------------------------------------------------------------
+
+TINY = rivals.Work(batch=8, hidden=6)
+
+
+def pixels() -> torch.Tensor:
+    return torch.rand((64, 12), generator=torch.Generator().manual_seed(1)).round()
+
+
+@pytest.fixture(params=["eager", "fused optimizer", "whole step", "JAX jit", "JAX scan"])
+def rival(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if "JAX" in request.param:
+        pytest.importorskip("jax")
+    # What torch.compile is given: compiling it takes longer than all other tests of this file together.
+    whole = {"whole step": lambda w, s, seed, _: rivals.Compiled(w, s, seed, mode=None)}
+    monkeypatch.setattr(rivals, "MAKERS", rivals.MAKERS | whole)
+    return request.param
+
+
+@pytest.mark.parametrize("optimizer", list(rivals.LEARNING_RATES))
+def test_every_rival_follows_float64_with_the_same_minibatch_and_noise(rival: str, optimizer: str) -> None:
+    assert rivals.distance(rival, replace(TINY, optimizer=optimizer), pixels()) < 1e-4
+
+
+def test_a_rival_that_is_restarted_forgets_what_it_has_learned(rival: str) -> None:
+    work = replace(TINY, optimizer="adam")
+    started = rivals.make(rival, work, rivals.Source(pixels(), work.batch), 5, epoch=4)
+    results = []
+    for seed in (5, 5, 6):
+        started.restart(seed)
+        started.run(4 // started.unit)
+        results.append(started.result()["w1"])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", list(rivals.LEARNING_RATES))
+def test_the_compiled_rival_follows_float64(optimizer: str) -> None:
+    assert rivals.distance("compile", replace(TINY, optimizer=optimizer), pixels()) < 1e-4
+
+
+def test_a_rival_draws_new_minibatches_and_noise_at_every_step() -> None:
+    source = rivals.Source(torch.arange(1000.0)[:, None], 8)
+    (x, eps), (x_next, eps_next) = source.draw(), source.draw()
+    assert x.shape == (8, 1) and eps.shape == (8, rivals.LATENT)
+    assert not torch.equal(x, x_next) and not torch.equal(eps, eps_next)
+
+
+def test_the_check_tells_right_rivals_from_wrong_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(rivals.Eager):
+        def __init__(self, work: rivals.Work, source: rivals.Source, seed: int) -> None:
+            super().__init__(work, source, seed, fused=False)
+            self.optimizer.param_groups[0]["lr"] *= 0.97
+
+    class Still(rivals.Eager):
+        def step(self) -> None:
+            pass
+
+    def broken(*_: object) -> rivals.Rival:
+        raise RuntimeError("no such kernel")
+
+    added = {
+        "slow": lambda w, s, seed, _: Slow(w, s, seed),
+        "still": lambda w, s, seed, _: Still(w, s, seed, fused=False),
+        "broken": broken,
+    }
+    monkeypatch.setattr(rivals, "MAKERS", rivals.MAKERS | added)
+    checked = rivals.check(["eager", *added], TINY, pixels(), pixels(), steps=60, reference_seeds=4, seeds=2)
+    right = {name: line["right"] for name, line in checked["rivals"].items()}
+    assert right == {"eager": True, "slow": False, "still": False, "broken": False}
+    assert checked["rivals"]["broken"]["error"] == "RuntimeError: no such kernel"
+    assert checked["rivals"]["still"]["distance"] == pytest.approx(1)
+    rows = rivals.check_rows({"checks": [checked]})
+    assert [row[-1] for row in rows[1:]] == ["", "yes", "NO", "NO", "RuntimeError: no such kernel"]
+
+
+def test_rivals_are_timed_per_step_and_one_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sleeper:
+        unit = 5
+
+        def run(self, calls: int) -> None:
+            time.sleep(0.005 * calls)
+
+        def finish(self) -> None:
+            pass
+
+    def broken(*_: object) -> rivals.Rival:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(rivals, "MAKERS", {"sleeper": lambda *_: Sleeper(), "broken": broken})
+    line = rivals.bench(["sleeper", "broken"], TINY, pixels(), seconds=0, block=0.01)
+    assert line["rivals"]["sleeper"]["median"] >= 1000  # microseconds: 5 steps in 5 ms
+    assert line["rivals"]["sleeper"]["steps_per_block"] % 5 == 0
+    result = {"steps": [line], "checks": [], "skipped": ["the rest: no time left"]}
+    text = rivals.text(result)
+    assert "adagrad, float32, broken: RuntimeError: no such kernel" in text
+    assert "not measured: the rest: no time left" in text
+
+
+# ---- the programs for the GPU ------------------------------------------------------------------------------
+
+
+def program(folder: Path, body: str) -> Path:
+    path = folder / "program"
+    path.write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def test_what_was_measured_before_a_trap_or_a_hang_is_kept(tmp_path: Path) -> None:
+    said = 'echo \'{"what": "barrier"}\'; echo -n \'{"what": "cut\''
+    trap = program(tmp_path, f"{said}; echo launch failure >&2; exit 1")
+    assert latency.run_section(trap, "all", 10) == ([{"what": "barrier"}], "exit status 1: launch failure")
+    hang = program(tmp_path, f"{said}; exec sleep 60")
+    start = time.monotonic()
+    assert latency.run_section(hang, "all", 1) == ([{"what": "barrier"}], "stopped after 1 s: ")
+    assert time.monotonic() - start < 10
+
+
+def test_the_plan_for_short_commands_leaves_no_part_out() -> None:
+    parts = [parts.split(",") for parts in gpu.PLAN]
+    assert set().union(*parts) == gpu.PARTS.keys() == gpu.SHARES.keys()
+    assert all(sum(gpu.SHARES[name] for name in some) <= 9.5 for some in parts)
+    assert all(f"--parts {some}" in line for some, line in zip(gpu.PLAN, gpu.plan(), strict=True))
+
+
+def test_rivals_that_crash_are_run_again_without_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def crash(command: list[object], deadline: float) -> gpu.Run:
+        commands.append(command)
+        if "--without-jax" in command:
+            (tmp_path / "rivals.txt").write_text("a table")
+            return gpu.Run(0, "", 1.0, False)
+        return gpu.Run(-11, "core dumped", 1.0, False)
+
+    monkeypatch.setattr(gpu, "run", crash)
+    part = gpu.rivals(gpu.Session(tmp_path, quick=True), time.monotonic() + 100)
+    assert len(commands) == 2 and part.text == "a table"
+    assert part.status == "failed" and "core dumped" in part.notes[0]  # it is not to go unseen
+
+
+def test_shapes_from_the_command_line_replace_every_operators_own(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--no-compile", "--no-accuracy", "--seconds", "0", "--out", str(tmp_path)]
+    threads = ["--threads", str(torch.get_num_threads())]
+    operators.main([*arguments, *threads, "--operators", "gaussian_kl", "--shapes", "3x5", "7x2"])
+    result = json.loads((tmp_path / "operators.json").read_text(encoding="utf-8"))
+    assert {(line["rows"], line["cols"]) for line in result["operators"]} == {(3, 5), (7, 2)}
+    assert "accuracy" not in result
+    with pytest.raises(SystemExit):
+        operators.main([*arguments, "--shapes", "3by5"])
+
+
+# ---- the report --------------------------------------------------------------------------------------------
+
+
+def a_run(scale: float = 1.0) -> summary.Run:
+    made = {
+        "machine": "a GPU", "commit": "0123456789abcdef", "uncommitted_changes": False, "driver": "580",
+        "versions": {"torch": "2"}, "date": "today", "command": "python -m bench.gpu",
+    }  # fmt: skip
+
+    def us(median: float) -> dict[str, float]:
+        return {"median": scale * median, "low": median - 1, "high": median + 1, "count": 9}
+
+    barrier = {"what": "barrier", "how": "counter", "blocks": 132, "us": us(2)}
+    steps = [{"work": asdict(TINY), "rivals": {"eager": us(500), "JAX jit": {"error": "no JAX"}}}]
+    sized = {**line(ours=4, eager=9, compile=6, copy=2), "direction": "both"}
+    return {
+        "latency": {**made, "lines": [barrier], "failures": ["latency graph: exit status 1"]},
+        "rivals": {**made, "steps": steps, "checks": [], "skipped": []},
+        "sizes": {**made, "device": "cuda", "operators": [sized], "host": [], "skipped": []},
+    }
+
+
+def test_the_report_says_what_was_measured_by_what_and_how_far_two_runs_are_apart(tmp_path: Path) -> None:
+    summary.write([a_run(), a_run(1.1)], tmp_path)
+    text = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
+    assert "| barrier | counter | blocks 132 | 2.000 | 1.000 to 3.000 |  | 2.200 |" in text
+    assert (
+        "500.0 (499.0 to 501.0)" in text and "| gaussian_kl | 8x4 | float32 | 4.0 | 9.0 | 6.0 | 2.0 |" in text
+    )
+    assert text.count("are 10.0% apart") == 2 and "at worst 10.0% (barrier, counter, blocks 132)" in text
+    assert "0123456789ab" in text and "580" in text and "`python -m bench.gpu`" in text
+    assert "* latency graph: exit status 1" in text and "JAX jit: no JAX" in text
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert {"latency.png", "rivals.png", "sizes.png", "run-1/sizes.json", "run-2/rivals.json"} <= names
+    assert summary.read([tmp_path / "run-2"]) == a_run(1.1)
+
+
+def test_one_run_alone_claims_no_spread_and_no_run_is_refused(tmp_path: Path) -> None:
+    assert "no spread is known" in summary.text([a_run()])
+    with pytest.raises(ValueError, match=r"wanted folders with latency\.json"):
+        summary.read([tmp_path])
+    summary.write([a_run()], tmp_path)
+    with pytest.raises(ValueError, match=r"two files latency\.json"):
+        summary.read([tmp_path / "run-1", tmp_path / "run-1"])
