@@ -6,7 +6,7 @@ Drop-in functions and modules for any PyTorch model, and a complete trainer of t
 
 from __future__ import annotations
 
-from . import checkpoint, datasets, distributions, evaluation, presets, reference
+from . import checkpoint, datasets, distributions, evaluation, presets, reference, uses
 from ._extension import build_info
 from .functional import (
     ELBO,
@@ -61,4 +61,5 @@ __all__ = [
     "reference",
     "reparameterize",
     "reparameterize_with_kl",
+    "uses",
 ]
