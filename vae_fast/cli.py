@@ -705,7 +705,7 @@ def denoise(
     seed: int,
     image_shape: str,
 ) -> None:
-    """Put noise on data and take it out again: E[x | z] at the z that the noisy image tells.
+    """Put noise on data and take it out again: E[x | z] at the likeliest z given the noisy data.
 
     CHECKPOINT and DATA are as for encode. The .npz holds noisy and denoised, float32 [N, features]; the
     picture shows some of them, with the clean data.

@@ -432,12 +432,13 @@ def latent_activity(variance: Any) -> Figure:
     return figure
 
 
-def latents(mean: Any, labels: Any = None) -> Figure:
+def latents(mean: Any, labels: Any = None, *, variance: Any = None) -> Figure:
     """Posterior means on the two latent units that vary most, a point per datapoint; a histogram of one unit.
 
     Args:
         mean: E_q[z], ``[N, latent_dim]``, from :func:`vae_fast.uses.encode`.
         labels: classes to colour by, ``[N]``; each is named at the median of its points.
+        variance: of each unit, ``[latent_dim]``, where it is known of more data than these.
 
     Raises:
         ValueError: there are not as many labels as datapoints.
@@ -445,7 +446,7 @@ def latents(mean: Any, labels: Any = None) -> Figure:
     from matplotlib import colormaps
 
     values = _rows("mean", mean)
-    units = most_active(values.var(axis=0))
+    units = most_active(values.var(axis=0) if variance is None else variance)
     figure = _figure(6.4, 5.6 if len(units) == 2 else 3.0)
     ax = figure.add_subplot()
     _style(ax, "Posterior means" + (" on the two most active latents" if values.shape[1] > 2 else ""))

@@ -339,7 +339,7 @@ def _pictures(
         return [
             _section("Data, reconstructions and samples", _inline(plots.feature_rows(panels)), caption),
             bars,
-            _latents(model, data, labels),
+            _latents(model, data, labels, activity.variance),
         ]
     assert not isinstance(shape, str)
     # Real numbers that are no pixels have no black and white of their own.
@@ -370,7 +370,7 @@ def _pictures(
             ),
             "</div>",
         ]
-    return [*found, bars, _latents(model, data, labels)]
+    return [*found, bars, _latents(model, data, labels, activity.variance)]
 
 
 def spread(count: int, most: int) -> Tensor:
@@ -378,13 +378,13 @@ def spread(count: int, most: int) -> Tensor:
     return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
-def _latents(model: Any, data: Prepared, labels: Any) -> str:
+def _latents(model: Any, data: Prepared, labels: Any, variance: Tensor) -> str:
     """The posterior means of some of the data."""
     rows = spread(len(data), _POINTS)
     chosen = replace(data, values=data.values[rows.to(data.values.device)])
     mean = uses.encode(model, chosen).mean
     return _figure_section(
-        plots.latents(mean, None if labels is None else torch.as_tensor(labels)[rows]),
+        plots.latents(mean, None if labels is None else torch.as_tensor(labels)[rows], variance=variance),
         f"E<sub>q</sub>[z] of {len(rows):,} datapoints. The prior has mean 0 and variance 1.",
     )
 
@@ -397,8 +397,8 @@ def _denoising(model: Any, x: Tensor, which: str, seed: int, options: Mapping[st
     rows = {"noisy": noisy, "denoised": found, "clean": x}
     return _figure_section(
         plots.stacked(rows, **options),
-        f"Salt and pepper on {_NOISE:.0%} of the pixels of the {which} data above, then E[x | z] at the z "
-        f"that is likeliest given the noisy image. Mean squared error of these {len(x)}: {before:.4f} noisy, "
+        f"Salt and pepper on {100 * _NOISE:g} % of the pixels of the {which} data above, then E[x | z] at the "
+        f"likeliest z given the noisy image. Mean squared error of these {len(x)}: {before:.4f} noisy, "
         f"{after:.4f} denoised; {encoded:.4f} by encoder and decoder alone.",
     )
 
