@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vae_fast import VAE, History, Trainer, TrainingError, checkpoint, evaluation
-from vae_fast.batches import MinibatchOrder
+from vae_fast.batches import MinibatchOrder, StreamSource
 from vae_fast.checkpoint import CheckpointError
 from vae_fast.datasets import DataError
-from vae_fast.engines import CHUNK_STEPS
 from vae_fast.estimators import ESTIMATORS, RUNNING_DECAY, step_seed
 from vae_fast.optim import OPTIMIZERS, Adagrad
 from vae_fast.trainer import HistoryRow
@@ -410,7 +409,7 @@ def test_training_on_a_stream_without_end_holds_no_more_of_it_the_longer_it_runs
     stream, trainer = Drift(), small_trainer()
     fit(trainer, stream, max_samples=2000)
     held = stream.most_alive
-    assert held <= 2 * CHUNK_STEPS["cpu"]
+    assert held <= 2 * StreamSource.steps_at_once
     fit(trainer, stream, max_samples=12_000)
     assert stream.step == 700 and stream.most_alive == held
     del trainer

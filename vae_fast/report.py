@@ -397,8 +397,8 @@ def _denoising(model: Any, x: Tensor, which: str, seed: int, options: Mapping[st
     rows = {"noisy": noisy, "denoised": found, "clean": x}
     return _figure_section(
         plots.stacked(rows, **options),
-        f"Salt and pepper on {100 * _NOISE:g} % of the pixels of the {which} data above, then E[x | z] at the "
-        f"likeliest z given the noisy image. Mean squared error of these {len(x)}: {before:.4f} noisy, "
+        f"Salt and pepper on {100 * _NOISE:g} % of the pixels of the {which} data above, then E[x | z] at "
+        f"the likeliest z given the noisy image. Mean squared error of these {len(x)}: {before:.4f} noisy, "
         f"{after:.4f} denoised; {encoded:.4f} by encoder and decoder alone.",
     )
 
