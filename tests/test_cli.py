@@ -271,7 +271,7 @@ class TestWrongCommands:
             result = vae_fast("train", digits, *SMALL, "--out", out)
             assert result.code == 2 and f"--out: found {out}" in result.err and result.err.count("\n") == 1
 
-    @pytest.mark.parametrize("command", ["train", "evaluate", "sample", "encode", "bench", "doctor"])
+    @pytest.mark.parametrize("command", sorted(cli.main.commands))
     def test_every_command_has_help_with_an_example(self, vae_fast, command: str) -> None:
         result = vae_fast(command, "--help")
         assert result.code == 0 and f"Example: vae-fast {command}" in result.out
@@ -418,20 +418,97 @@ class TestEncode:
     def test_row_k_is_the_posterior_of_row_k(self, vae_fast, trained: Path) -> None:
         rows = np.random.default_rng(1).integers(0, 256, (2345, 64), dtype=np.uint8)
         np.save("rows.npy", rows)
-        assert vae_fast("encode", trained, "rows.npy", "-o", "z.npz").code == 0
+        assert vae_fast("encode", trained, "rows.npy", "-o", "z.npz", "--parameters").code == 0
         model = Trainer.load(trained / "checkpoint.safetensors").model
         with torch.no_grad():
             mu, logvar = model.encoder(torch.from_numpy(rows) / 255)
         with np.load("z.npz") as found:
-            assert sorted(found) == ["logvar", "mu"]
-            assert found["mu"].dtype == np.float32
+            assert sorted(found) == ["logvar", "mean", "mu"]
+            assert found["mean"].dtype == np.float32
+            np.testing.assert_allclose(found["mean"], mu.numpy(), rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(found["mu"], mu.numpy(), rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(found["logvar"], logvar.numpy(), rtol=1e-4, atol=1e-6)
+
+    def test_the_means_alone_and_a_picture_are_the_default(self, vae_fast, trained: Path) -> None:
+        result = vae_fast("encode", trained)
+        assert result.out == "6 datapoints, 2 latents: latents.npz, latents.png\n"
+        with np.load("latents.npz") as found:
+            assert list(found) == ["mean"] and found["mean"].shape == (6, 2)
+        assert Path("latents.png").read_bytes().startswith(b"\x89PNG")
 
     def test_data_of_another_width_are_refused(self, vae_fast, trained: Path) -> None:
         result = vae_fast("encode", trained, "mnist:test")
         assert result.code == 2 and "found rows of 784 values; wanted 64" in result.err
         assert not Path("latents.npz").exists()
+
+
+class TestUses:
+    """The commands write what the functions of :mod:`vae_fast.uses` return, of the run's test data."""
+
+    def test_reconstruct(self, vae_fast, trained: Path, digits: Path) -> None:
+        assert vae_fast("reconstruct", trained, digits).code == 0
+        model = Trainer.load(trained / "checkpoint.safetensors").model
+        wanted = vf.uses.reconstruct(model, np.load(digits))
+        np.testing.assert_allclose(np.load("reconstructions.npy"), wanted.numpy(), rtol=1e-5)
+        assert Path("reconstructions.png").exists()
+
+    def test_denoise_puts_noise_on_and_takes_it_out(self, vae_fast, trained: Path, digits: Path) -> None:
+        options = ["--noise", 0.2, "--seed", 3, "--steps", 5]
+        result = vae_fast("denoise", trained, digits, *options)
+        x = torch.from_numpy(np.load(digits)).reshape(60, 64) / 255
+        noisy = vf.uses.corrupt(x, 0.2, seed=3)
+        model = Trainer.load(trained / "checkpoint.safetensors").model
+        wanted = vf.uses.denoise(model, noisy, 0.2, steps=5)
+        with np.load("denoised.npz") as found:
+            np.testing.assert_allclose(found["noisy"], noisy.numpy())
+            np.testing.assert_allclose(found["denoised"], wanted.numpy(), rtol=1e-4, atol=1e-5)
+        before, after = ((part - x).square().mean() for part in (noisy, wanted))
+        assert f"mean squared error {before:.5f} before, {after:.5f} after" in result.out
+
+    def test_data_that_are_noisy_already_get_no_more(self, vae_fast, trained: Path, digits: Path) -> None:
+        result = vae_fast("denoise", trained, digits, "--as-is", "--kind", "masking", "-o", "d.npz")
+        assert result.code == 0 and "error" not in result.out
+        with np.load("d.npz") as found:
+            np.testing.assert_allclose(found["noisy"], np.load(digits).reshape(60, 64) / 255, rtol=1e-6)
+
+    def test_manifold(self, vae_fast, trained: Path) -> None:
+        assert vae_fast("manifold", trained, "-n", 3).out == "9 images: manifold.npy, manifold.png\n"
+        model = Trainer.load(trained / "checkpoint.safetensors").model
+        np.testing.assert_allclose(np.load("manifold.npy"), vf.uses.manifold(model, 3).numpy(), rtol=1e-5)
+
+    def test_the_manifold_of_many_latents_moves_those_that_the_data_move(
+        self, vae_fast, digits: Path
+    ) -> None:
+        vae_fast("train", digits, *SMALL, "--latent", 4, "--samples", 300, "--out", "four")
+        assert vae_fast("manifold", "four", digits, "-n", 3, "-o", "m.npy").code == 0
+        model = Trainer.load("four/checkpoint.safetensors").model
+        variance = vf.evaluation.active_units(model, np.load(digits)).variance
+        wanted = vf.uses.manifold(model, 3, variance=variance)
+        np.testing.assert_allclose(np.load("m.npy"), wanted.numpy(), rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("command", "options", "words"),
+        [
+            ("denoise", ["--noise", "1"], "--noise: found 1; wanted a share"),
+            ("denoise", ["-o", "d.npy"], "ends in .npz or .png"),
+            ("reconstruct", ["-o", "r.npz"], "ends in .npy or .png"),
+            ("manifold", ["--image-shape", "none"], "--image-shape: found none"),
+        ],
+    )
+    def test_what_cannot_be_is_refused_with_nothing_written(
+        self, vae_fast, trained: Path, command: str, options: list[str], words: str
+    ) -> None:
+        before = sorted(os.listdir())
+        result = vae_fast(command, trained, *options)
+        assert result.code == 2 and words in result.err and result.err.count("\n") == 1
+        assert sorted(os.listdir()) == before
+
+    def test_data_that_are_no_images_are_drawn_as_rows(self, vae_fast) -> None:
+        np.save("table.npy", np.random.default_rng(0).normal(0, 1, (40, 12)).astype(np.float32))
+        vae_fast("train", "table.npy", "--likelihood", "gaussian", *SMALL, "--samples", 100, "--out", "run")
+        assert vae_fast("reconstruct", "run").code == 0
+        assert vae_fast("denoise", "run", "--kind", "gaussian", "--noise", 2).code == 0
+        assert Path("reconstructions.png").exists() and Path("denoised.png").exists()
 
 
 class TestDoctor:

@@ -191,6 +191,16 @@ class TestReconstructions:
             plots.reconstructions(np.zeros((2, 64)), np.zeros((3, 64)))
 
 
+class TestStacked:
+    def test_image_k_of_each_part_is_below_that_of_the_part_before(self) -> None:
+        parts = {"noisy": np.ones((3, 64)), "denoised": np.full((3, 64), 0.4), "clean": np.zeros((3, 64))}
+        figure = plots.stacked(parts, ncols=3)
+        picture = pixels(figure)
+        assert picture.shape == (3 * 8 + 2, 3 * 9 - 1, 4)
+        assert picture[[0, 9, 18], 9, 0].tolist() == [255, 102, 0]
+        assert figure.axes[0].get_title(loc="left") == "Noisy, denoised, clean"
+
+
 class TestSamples:
     def test_a_square_number_fills_a_square_whatever_the_shape_of_the_images(self) -> None:
         picture = pixels(plots.samples(ShowsItsLatents(8), 16, image_shape=(2, 4)))
@@ -246,6 +256,30 @@ class TestLatentActivity:
 
     def test_units_without_any_variance_can_be_drawn(self) -> None:
         plots.latent_activity(torch.zeros(3)).savefig("/dev/null", format="png")
+
+
+class TestLatents:
+    MEAN = np.array([[0.1, 3.0, -1.0], [0.0, -3.0, 1.0], [0.1, 2.0, 0.5]])
+
+    def test_points_are_the_means_on_the_two_units_that_vary_most(self) -> None:
+        (ax,) = plots.latents(self.MEAN).axes
+        (points,) = ax.collections
+        np.testing.assert_allclose(points.get_offsets(), self.MEAN[:, [1, 2]])
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[z | x], latent 2", "E[z | x], latent 3")
+
+    def test_classes_have_colours_and_stand_at_their_medians(self) -> None:
+        (ax,) = plots.latents(self.MEAN, labels=[7, 5, 7]).axes
+        colours = ax.collections[0].get_facecolors()
+        assert (colours[0] == colours[2]).all() and (colours[0] != colours[1]).any()
+        assert {text.get_text(): tuple(text.xy) for text in ax.texts} == {"5": (-3.0, 1.0), "7": (2.5, -0.25)}
+
+    def test_too_few_labels_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="labels: got 2, wanted one for each of the 3"):
+            plots.latents(self.MEAN, labels=[1, 2])
+
+    def test_one_unit_is_a_histogram(self) -> None:
+        (ax,) = plots.latents(self.MEAN[:, 1:2]).axes
+        assert sum(bar.get_height() for bar in ax.patches) == 3
 
 
 class TestFeatureRows:

@@ -210,7 +210,18 @@ class TestPictures:
         assert "Data, and below each its reconstruction" in found.headings
         assert "100 samples from the prior" in found.headings
         assert any(heading.startswith("Most active latents") for heading in found.headings)
-        assert sum(tag == "image" for tag, _ in found.tags) == 3
+        assert "Noisy, denoised, clean" in found.headings
+        assert "Posterior means on the two most active latents" in found.headings
+        assert sum(tag == "image" for tag, _ in found.tags) == 5
+
+    def test_denoising_says_the_error_before_and_after(self, run, tmp_path: Path) -> None:
+        trainer, _, test = run
+        found = page(tmp_path / "r.html", *run)
+        x = test / 255
+        noisy = vf.uses.corrupt(x, 0.3)
+        after = vf.uses.denoise(trainer.model, noisy, 0.3)
+        errors = [f"{float((part - x).square().mean()):.4f}" for part in (noisy, after)]
+        assert f"{errors[0]} noisy, {errors[1]} denoised" in found.text
 
     def test_they_are_of_the_test_data(self, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         taken: list[torch.Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import math
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vae_fast import VAE, History, Trainer, TrainingError, checkpoint, evaluation
-from vae_fast.batches import MinibatchOrder
+from vae_fast.batches import MinibatchOrder, StreamSource
 from vae_fast.checkpoint import CheckpointError
 from vae_fast.datasets import DataError
 from vae_fast.estimators import ESTIMATORS, RUNNING_DECAY, step_seed
@@ -363,6 +365,56 @@ def test_a_stream_that_ends_early_ends_the_training_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="the stream ended after 130 samples"):
         fit(trainer, iter(data().split(50)))
     assert trainer.history.last.samples == 130
+
+
+class Drift:
+    """Minibatches without end: at first rows of ``data()``, from step 100 to 200 more and more of them
+    negatives, then negatives only. Knows how many of its minibatches are still held by anyone.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.alive, self.most_alive = 0, 0, 0
+
+    def __iter__(self) -> Drift:
+        return self
+
+    def __next__(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.step)
+        x = data()[torch.randint(130, (20,), generator=generator)]
+        share = min(max((self.step - 100) / 100, 0.0), 1.0)
+        negative = torch.rand(20, 1, generator=generator) < share
+        array = torch.where(negative, 1 - x, x).numpy()
+        self.step, self.alive = self.step + 1, self.alive + 1
+        self.most_alive = max(self.most_alive, self.alive)
+        weakref.finalize(array, self._forgotten)
+        return torch.from_numpy(array)  # whoever keeps the tensor or a part of it keeps the array
+
+    def _forgotten(self) -> None:
+        self.alive -= 1
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+@pytest.mark.parametrize("engine", ["reference", "modules"])
+def test_training_follows_a_stream_that_drifts(engine: str, optimizer: str) -> None:
+    stream, trainer = Drift(), small_trainer(engine=engine, optimizer=optimizer, lr=0.03)
+    history = fit(trainer, stream, 1 - data(), max_samples=12_000, report_every=500)
+    after = {row.steps: row.test_bound for row in history}  # of the distribution that the stream goes to
+    before = max(after[steps] for steps in (25, 50, 75, 100))  # type: ignore[type-var]
+    half_way, end = after[150], after[600]
+    assert before is not None and half_way is not None and end is not None
+    assert before < half_way < end and end > before + 2, (before, half_way, end)
+
+
+def test_training_on_a_stream_without_end_holds_no_more_of_it_the_longer_it_runs() -> None:
+    stream, trainer = Drift(), small_trainer()
+    fit(trainer, stream, max_samples=2000)
+    held = stream.most_alive
+    assert held <= 2 * StreamSource.steps_at_once
+    fit(trainer, stream, max_samples=12_000)
+    assert stream.step == 700 and stream.most_alive == held
+    del trainer
+    gc.collect()
+    assert stream.alive == 0
 
 
 # --- what is not finite -------------------------------------------------------------------------------------

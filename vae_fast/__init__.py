@@ -6,7 +6,7 @@ Drop-in functions and modules for any PyTorch model, and a complete trainer of t
 
 from __future__ import annotations
 
-from . import checkpoint, datasets, distributions, evaluation, hmc, presets, reference
+from . import checkpoint, datasets, distributions, evaluation, hmc, presets, reference, uses
 from ._extension import build_info
 from .algorithms import AutoEncoder, FullVB, MonteCarloEM, WakeSleep
 from .functional import (
@@ -69,4 +69,5 @@ __all__ = [
     "reference",
     "reparameterize",
     "reparameterize_with_kl",
+    "uses",
 ]

@@ -1,4 +1,5 @@
-"""The command line: ``vae-fast train | evaluate | sample | encode | bench | doctor``.
+"""The command line: ``vae-fast train | evaluate | sample | encode | reconstruct | denoise | manifold |
+bench | doctor``.
 
 Exit codes: 0 for success; 1 where something went wrong on the way; 2 for data or a command that cannot be
 used, said in one sentence on stderr, with nothing written; 130 after Ctrl-C, with the state saved and the
@@ -19,7 +20,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ import click
 from click.core import ParameterSource
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from .datasets import Prepared
@@ -417,6 +419,7 @@ def _fit(
     test_data: Prepared | None,
     notes: Sequence[str],
 ) -> None:
+    from . import datasets
     from .checkpoint import CheckpointError
     from .report import write_report
 
@@ -463,6 +466,7 @@ def _fit(
         reproduce=_reproduce(run),
         resume=f"{again} --samples {2 * run.samples}",
         notes=notes,
+        labels=datasets.mnist_labels()[1] if run.data == "mnist" and run.test is None else None,
     )
     last = history.last
     which, bound = (
@@ -520,7 +524,7 @@ def _given(ctx: click.Context, *, without: Sequence[str]) -> list[str]:
     return words
 
 
-# ---- evaluate, sample, encode ------------------------------------------------------------------------------
+# ---- evaluate, sample --------------------------------------------------------------------------------------
 
 _CHECKPOINT = click.argument("checkpoint")
 
@@ -546,14 +550,7 @@ def evaluate(checkpoint: str, data: str | None, num_samples: int, seed: int) -> 
 
     path = _checkpoint(checkpoint)
     trainer = _load_trainer(path)
-    if data is not None:
-        prepared, name = _model_data(trainer, path, data), data
-    else:
-        run = Run.load(path.parent)
-        _, test_data, _ = _training_data(run)
-        if test_data is None:
-            raise click.UsageError("DATA: found none, and this run has no test data; wanted a file")
-        prepared, name = test_data, f"the test data of {path.parent}"
+    prepared, name = _data_of(trainer, path, data)
     result = evaluation.bound(trainer.model, prepared, num_samples=num_samples, seed=seed)
     units = evaluation.active_units(trainer.model, prepared, seed=seed)
     draws = "1 posterior sample" if num_samples == 1 else f"{num_samples} posterior samples"
@@ -591,11 +588,8 @@ def sample(checkpoint: str, number: int, out: str, seed: int, image_shape: str) 
 
         np.save(payload, model.sample(number, seed=seed).float().numpy())
     else:
-        if image_shape == "guess" and (path.parent / RUN).exists():
-            image_shape = Run.load(path.parent).image_shape
-        shape = _image_shape(image_shape, model.data_dim or 0)
-        shape = plots.image_shape(model.data_dim or 0) if shape == "guess" else shape
-        if shape is None or isinstance(shape, str):
+        shape = _picture_shape(path, image_shape, model.data_dim or 0)
+        if shape is None:
             raise click.UsageError(
                 f"--image-shape: found none for data of {model.data_dim} features; "
                 "wanted HEIGHTxWIDTH, or -o samples.npy"
@@ -608,42 +602,238 @@ def sample(checkpoint: str, number: int, out: str, seed: int, image_shape: str) 
     click.echo(f"{number:,} samples: {out}")
 
 
-@main.command(short_help="Write the latent means and log-variances of data.")
+# ---- encode, reconstruct, denoise, manifold ----------------------------------------------------------------
+
+
+def _files(*names: str) -> Callable[[Any], Any]:
+    array = Path(names[0]).suffix
+    return click.option(
+        "-o",
+        "--out",
+        multiple=True,
+        default=names,
+        help=f"An {array} file or a .png picture; may be repeated.",
+    )
+
+
+@main.command(short_help="Write the latent means of data.")
 @_CHECKPOINT
-@click.argument("data")
-@click.option(
-    "-o", "--out", default="latents.npz", help="An .npz file with mu and logvar, float32 [N, latents] each."
-)
-def encode(checkpoint: str, data: str, out: str) -> None:
-    """Write the posterior of every datapoint: mean mu and log-variance logvar of q(z | x).
+@click.argument("data", required=False)
+@_files("latents.npz", "latents.png")
+@click.option("--parameters", is_flag=True, help="Write mu and logvar, too: what the encoder gives.")
+def encode(checkpoint: str, data: str | None, out: Sequence[str], parameters: bool) -> None:
+    """Recognise: write the mean E[z | x] of the posterior of every datapoint, and draw the means.
 
     CHECKPOINT is the folder of a run or a checkpoint file. DATA is a file as for train, or mnist:train,
-    mnist:test. Row k of the result belongs to row k of the data.
+    mnist:test; left out: the test data of the run. Row k of the result belongs to row k of the data. The .npz
+    holds mean, float32 [N, latents]; mu and logvar are the posterior's location and 2 log(scale), for a
+    Gaussian the mean and the log-variance.
 
     \b
     Example: vae-fast encode vae-fast-run mnist:test -o latents.npz
     """
-    import numpy as np
-    import torch
+    from . import datasets, plots, uses
 
-    from .evaluation import evaluating
-    from .report import write_atomically
-
-    target = _output(out, (".npz",))
+    targets = [_output(name, (".npz", ".png")) for name in out]
     path = _checkpoint(checkpoint)
     trainer = _load_trainer(path)
-    prepared = _model_data(trainer, path, data)
-    model, parts = trainer.model, []
-    like = next(model.parameters())
-    with torch.no_grad(), evaluating(model):
-        for first in range(0, len(prepared), 1000):
-            parts.append(model.encoder(prepared.batch(slice(first, first + 1000)).to(like)))
-    mu, logvar = (torch.cat(column).float().numpy() for column in zip(*parts, strict=True))
-    payload = io.BytesIO()
-    np.savez(payload, mu=mu, logvar=logvar)
-    with _writing(out):
-        write_atomically(target, payload.getvalue())
-    click.echo(f"{len(mu):,} datapoints, {mu.shape[1]} latents: {out}")
+    prepared, name = _data_of(trainer, path, data)
+    codes = uses.encode(trainer.model, prepared)
+    labels = datasets.mnist_labels()[name == "mnist:test"] if name in ("mnist:train", "mnist:test") else None
+    arrays = codes._asdict() if parameters else {"mean": codes.mean}
+    _write(targets, arrays, lambda: plots.latents(codes.mean, labels))
+    click.echo(f"{len(codes.mean):,} datapoints, {codes.mean.shape[1]} latents: {', '.join(out)}")
+
+
+@main.command(short_help="Encode and decode data.")
+@_CHECKPOINT
+@click.argument("data", required=False)
+@_files("reconstructions.npy", "reconstructions.png")
+@_SHAPE
+def reconstruct(checkpoint: str, data: str | None, out: Sequence[str], image_shape: str) -> None:
+    """Encode and decode: E[x | z] at the mean of the posterior of every datapoint.
+
+    CHECKPOINT and DATA are as for encode. Row k of the .npy, float32 [N, features], belongs to row k of the
+    data; the picture shows some of them.
+
+    \b
+    Example: vae-fast reconstruct vae-fast-run mnist:test -o reconstructions.png
+    """
+    from . import uses
+
+    targets = [_output(name, (".npy", ".png")) for name in out]
+    path = _checkpoint(checkpoint)
+    trainer = _load_trainer(path)
+    prepared, _ = _data_of(trainer, path, data)
+    shape = _picture_shape(path, image_shape, prepared.width)
+    x = prepared.batch(slice(None))
+    found = uses.reconstruct(trainer.model, prepared)
+    _write(targets, {"xhat": found}, lambda: _rows_picture({"Data": x, "Reconstructions": found}, shape))
+    click.echo(f"{len(x):,} datapoints, mean squared error {_error(found, x):.5f}: {', '.join(out)}")
+
+
+@main.command(short_help="Take the noise out of data.")
+@_CHECKPOINT
+@click.argument("data", required=False)
+@click.option(
+    "--kind",
+    type=click.Choice(["salt-and-pepper", "masking", "gaussian"]),
+    default="salt-and-pepper",
+    help="Pixels set to 0 or 1, pixels set to 0, or normal noise added.",
+)
+@click.option(
+    "--noise",
+    type=click.FloatRange(0, min_open=True),
+    default=0.3,
+    help="Share of the pixels; of normal noise its standard deviation.",
+)
+@click.option("--as-is", is_flag=True, help="DATA are noisy as they come: no noise is put on them.")
+@click.option(
+    "--steps", type=click.IntRange(0), default=50, help="Of the search for z; 0: the encoder alone."
+)
+@_files("denoised.npz", "denoised.png")
+@_SEED
+@_SHAPE
+def denoise(
+    checkpoint: str,
+    data: str | None,
+    kind: str,
+    noise: float,
+    as_is: bool,
+    steps: int,
+    out: Sequence[str],
+    seed: int,
+    image_shape: str,
+) -> None:
+    """Put noise on data and take it out again: E[x | z] at the likeliest z given the noisy data.
+
+    CHECKPOINT and DATA are as for encode. The .npz holds noisy and denoised, float32 [N, features]; the
+    picture shows some of them, with the clean data.
+
+    \b
+    Example: vae-fast denoise vae-fast-run --noise 0.5
+             vae-fast denoise vae-fast-run scans.npy --as-is --kind gaussian --noise 0.1
+    """
+    from . import uses
+
+    targets = [_output(name, (".npz", ".png")) for name in out]
+    path = _checkpoint(checkpoint)
+    trainer = _load_trainer(path)
+    prepared, _ = _data_of(trainer, path, data)
+    shape = _picture_shape(path, image_shape, prepared.width)
+    x, how = prepared.batch(slice(None)), kind.replace("-", "_")
+    if kind != "gaussian" and noise >= 1:
+        raise click.UsageError(f"--noise: found {noise:g}; wanted a share of the pixels, below 1")
+    noisy = x if as_is else uses.corrupt(x, noise, kind=how, seed=seed)
+    found = uses.denoise(trainer.model, noisy, noise, kind=how, steps=steps)
+    rows = {"Noisy": noisy, "Denoised": found, **({} if as_is else {"Clean": x})}
+    _write(targets, {"noisy": noisy, "denoised": found}, lambda: _rows_picture(rows, shape))
+    error = (
+        "" if as_is else f", mean squared error {_error(noisy, x):.5f} before, {_error(found, x):.5f} after"
+    )
+    click.echo(f"{len(x):,} datapoints{error}: {', '.join(out)}")
+
+
+@main.command(short_help="Draw what lies where in latent space.")
+@_CHECKPOINT
+@click.argument("data", required=False)
+@click.option("-n", "--number", type=click.IntRange(1), default=20, help="Images in a row.")
+@_files("manifold.npy", "manifold.png")
+@_SHAPE
+def manifold(checkpoint: str, data: str | None, number: int, out: Sequence[str], image_shape: str) -> None:
+    """Decode a grid of latent values, each image of equal share of the prior: the paper's figure 4.
+
+    CHECKPOINT is the folder of a run or a checkpoint file. With more than two latents the two that are most
+    active on DATA move (a file as for train, or mnist:train, mnist:test; left out: the test data of the run)
+    and the others stay at 0. The .npy holds the images row by row, float32 [NUMBER * NUMBER, features].
+
+    \b
+    Example: vae-fast manifold vae-fast-run -n 15 -o manifold.png
+    """
+    from . import evaluation, plots, uses
+
+    targets = [_output(name, (".npy", ".png")) for name in out]
+    path = _checkpoint(checkpoint)
+    trainer = _load_trainer(path)
+    model, variance = trainer.model, None
+    if (model.latent_dim or 0) > 2:
+        variance = evaluation.active_units(model, _data_of(trainer, path, data)[0]).variance
+    shape = _picture_shape(path, image_shape, model.data_dim or 0)
+    if shape is None and any(target.suffix == ".png" for target in targets):
+        raise click.UsageError(
+            f"--image-shape: found none for data of {model.data_dim} features; "
+            "wanted HEIGHTxWIDTH, or only -o manifold.npy"
+        )
+    images = uses.manifold(model, number, variance=variance)
+    options: dict[str, Any] = {"image_shape": shape, "value_range": _range(images)}
+    _write(targets, {"x": images}, lambda: plots.manifold(model, number, variance=variance, **options))
+    click.echo(f"{len(images):,} images: {', '.join(out)}")
+
+
+def _write(targets: Sequence[Path], arrays: Mapping[str, Tensor], picture: Callable[[], Figure]) -> None:
+    """All is made before the first file is written."""
+    import numpy as np
+
+    from .report import write_atomically
+
+    values = {name: array.float().numpy() for name, array in arrays.items()}
+    payloads = [io.BytesIO() for _ in targets]
+    for target, payload in zip(targets, payloads, strict=True):
+        if target.suffix == ".png":
+            picture().savefig(payload, format="png")
+        elif target.suffix == ".npz":
+            np.savez(payload, **values)  # type: ignore[arg-type]
+        else:
+            np.save(payload, next(iter(values.values())))
+    for target, payload in zip(targets, payloads, strict=True):
+        with _writing(str(target)):
+            write_atomically(target, payload.getvalue())
+
+
+def _rows_picture(rows: Mapping[str, Tensor], shape: Sequence[int] | None) -> Figure:
+    """Evenly spaced datapoints, each above what was made of it; the last row sets the range of values."""
+    from . import plots
+    from .report import spread
+
+    some = {title: part[spread(len(part), 20 if shape else 12)] for title, part in rows.items()}
+    if shape is None:
+        return plots.feature_rows(some)
+    return plots.stacked(some, shape, value_range=_range(list(some.values())[-1]))
+
+
+def _range(images: Tensor) -> tuple[float, float]:
+    """Of black and white: 0 and 1, or more where there is more."""
+    return min(0.0, float(images.min())), max(1.0, float(images.max()))
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).square().mean())
+
+
+# ---- what the commands above share -------------------------------------------------------------------------
+
+
+def _data_of(trainer: Trainer, path: Path, data: str | None) -> tuple[Prepared, str]:
+    """These data, or the test data of the run, and what to call them."""
+    if data is not None:
+        return _model_data(trainer, path, data), data
+    run = Run.load(path.parent)
+    _, test_data, _ = _training_data(run)
+    if test_data is None:
+        raise click.UsageError("DATA: found none, and this run has no test data; wanted a file")
+    if run.data == "mnist" and run.test is None:
+        return test_data, "mnist:test"
+    return test_data, f"the test data of {path.parent}"
+
+
+def _picture_shape(path: Path, image_shape: str, width: int) -> tuple[int, ...] | None:
+    """As given, or as in the run, or guessed; None for data that are no images."""
+    from . import plots
+
+    if image_shape == "guess" and (path.parent / RUN).exists():
+        image_shape = Run.load(path.parent).image_shape
+    shape = _image_shape(image_shape, width)
+    return plots.image_shape(width) if isinstance(shape, str) else shape
 
 
 def _checkpoint(path: str) -> Path:

@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from . import uses
+from .uses import most_active as most_active
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -279,29 +282,51 @@ def reconstructions(
     value_range: tuple[float, float] = (0.0, 1.0),
 ) -> Figure:
     """Each datapoint above its reconstruction, ``ncols`` pairs side by side; x and xhat ``[N, D]``."""
-    pairs = _pairs(x, xhat, image_shape, ncols, value_range)
-    return _picture(pairs, "Data, and below each its reconstruction")
+    title = "Data, and below each its reconstruction"
+    return stacked({"x": x, "xhat": xhat}, image_shape, ncols, title=title, value_range=value_range)
 
 
-def _pairs(
-    x: Any, xhat: Any, shape: Sequence[int] | None, ncols: int, value_range: tuple[float, float]
+def stacked(
+    parts: Mapping[str, Any],
+    image_shape: Sequence[int] | None = None,
+    ncols: int = 10,
+    *,
+    title: str | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Image k of every part below that of the part before, such as noisy, denoised, clean.
+
+    Args:
+        parts: name to images, ``[N, D]`` each.
+        title: the names, when left out.
+    """
+    title = ", ".join(parts).capitalize() if title is None else title
+    return _picture(_bands(parts, image_shape, ncols, value_range), title)
+
+
+def _bands(
+    parts: Mapping[str, Any], shape: Sequence[int] | None, ncols: int, value_range: tuple[float, float]
 ) -> _Pixels:
-    """Bands of two rows: data above, reconstructions below; wider gaps keep pairs together."""
-    data, model = _rows("x", x), _rows("xhat", xhat)
-    if data.shape != model.shape:
-        raise ValueError(f"xhat: got shape {list(model.shape)}, wanted that of x, {list(data.shape)}")
+    """Bands of one row per part, image k of each below that of the other; wider gaps keep bands apart."""
+    images = {name: _rows(name, part) for name, part in parts.items()}
+    (first_name, data), *others = images.items()
+    for name, part in others:
+        if part.shape != data.shape:
+            raise ValueError(
+                f"{name}: got shape {list(part.shape)}, wanted that of {first_name}, {list(data.shape)}"
+            )
     height, width, channels = _checked_shape(data.shape[1], shape)
     columns = min(ncols, len(data))
-    bands: list[_Pixels] = []
+    lines: list[_Pixels] = []
     for first in range(0, len(data), columns):
-        lines = [
-            tile(part[first : first + columns], (height, width, channels), columns, value_range=value_range)
-            for part in (data, model)
-        ]
-        seam = np.zeros((1, lines[0].shape[1], 4), dtype=np.uint8)
-        bands += [np.zeros((max(3, height // 4), lines[0].shape[1], 4), dtype=np.uint8)] if bands else []
-        bands += [lines[0], seam, lines[1]]
-    return np.concatenate(bands)
+        gap = max(3, height // 4)
+        for part in images.values():
+            line = part[first : first + columns]
+            picture = tile(line, (height, width, channels), columns, value_range=value_range)
+            lines += [np.zeros((gap, picture.shape[1], 4), dtype=np.uint8)] if lines else []
+            lines.append(picture)
+            gap = 1
+    return np.concatenate(lines)
 
 
 def manifold(
@@ -312,50 +337,13 @@ def manifold(
     image_shape: Sequence[int] | None = None,
     value_range: tuple[float, float] = (0.0, 1.0),
 ) -> Figure:
-    """Pixel means over an n x n grid of latent values, as in the paper's figure 4.
-
-    The values are the quantiles Phi^-1((i + 1/2) / n) of the prior, i = 0 ... n-1, so each image stands for
-    an equal share of it. The first unit grows from left to right, the second from bottom to top. With more
-    than two latents the grid moves the two most active ones and leaves the others at 0; with one there is a
-    single row.
-
-    Args:
-        variance: Var_x(E_q[z]) per unit, ``[latent_dim]``, needed with more than two latents.
-    """
-    images, units = _manifold(model, n, variance)
-    title = "The latent axis" if len(units) == 1 else "The latent plane"
+    """Pixel means over an n x n grid of latent values; arguments as for :func:`vae_fast.uses.manifold`."""
+    images = uses.manifold(model, n, variance=variance)
+    title = "The latent axis" if model.latent_dim == 1 else "The latent plane"
     if model.latent_dim > 2:
-        title = f"Most active latents ({units[0] + 1}, {units[1] + 1}), others at 0"
+        first, second = most_active(variance)
+        title = f"Most active latents ({first + 1}, {second + 1}), others at 0"
     return _picture(tile(images, image_shape, n, gap=0, value_range=value_range), title)
-
-
-def most_active(variance: Any, count: int = 2) -> list[int]:
-    """Indices of the units of largest Var_x(E_q[z]), largest first."""
-    order = np.argsort(-_rows("variance", variance).reshape(-1), kind="stable")
-    return [int(unit) for unit in order[:count]]
-
-
-def _manifold(model: Any, n: int, variance: Any) -> tuple[NDArray[np.float32], list[int]]:
-    """Images ``[n or n * n, D]``, top row first, and the units that move."""
-    from .evaluation import evaluating
-
-    if n < 1:
-        raise ValueError(f"n: got {n}, wanted a positive integer")
-    if variance is None and model.latent_dim > 2:
-        raise ValueError(
-            f"variance: got None, wanted Var_x(E_q[z]) of each of the {model.latent_dim} latents, "
-            "to choose the two most active"
-        )
-    units = most_active(variance) if model.latent_dim > 2 else list(range(model.latent_dim))
-    quantiles = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
-    like = next(model.parameters())
-    z = torch.zeros(n ** len(units), model.latent_dim, dtype=torch.float64)
-    z[:, units[0]] = quantiles.repeat(n ** (len(units) - 1))
-    if len(units) == 2:
-        z[:, units[1]] = quantiles.flip(0).repeat_interleave(n)
-    with torch.no_grad(), evaluating(model):
-        images = model.decode_mean(z.to(like))
-    return images.float().cpu().numpy(), units
 
 
 # ---- data that are no images -------------------------------------------------------------------------------
@@ -441,6 +429,52 @@ def latent_activity(variance: Any) -> Figure:
         ax.set_xlabel("rank of the latent unit, most active first", color=QUIET)
     ax.tick_params(axis="x", length=0)
     ax.grid(False, axis="x")
+    return figure
+
+
+def latents(mean: Any, labels: Any = None, *, variance: Any = None) -> Figure:
+    """Posterior means on the two latent units that vary most, a point per datapoint; a histogram of one unit.
+
+    Args:
+        mean: E_q[z], ``[N, latent_dim]``, from :func:`vae_fast.uses.encode`.
+        labels: classes to colour by, ``[N]``; each is named at the median of its points.
+        variance: of each unit, ``[latent_dim]``, where it is known of more data than these.
+
+    Raises:
+        ValueError: there are not as many labels as datapoints.
+    """
+    from matplotlib import colormaps
+
+    values = _rows("mean", mean)
+    units = most_active(values.var(axis=0) if variance is None else variance)
+    figure = _figure(6.4, 5.6 if len(units) == 2 else 3.0)
+    ax = figure.add_subplot()
+    _style(ax, "Posterior means" + (" on the two most active latents" if values.shape[1] > 2 else ""))
+    ax.set_xlabel(f"E[z | x], latent {units[0] + 1}", color=QUIET)
+    if len(units) == 1:
+        ax.hist(values[:, 0], bins=60, color=TEST)
+        ax.set_ylabel("datapoints", color=QUIET)
+        return figure
+    x, y = values[:, units[0]], values[:, units[1]]
+    ax.set_ylabel(f"E[z | x], latent {units[1] + 1}", color=QUIET)
+    ax.set_aspect("equal", adjustable="datalim")
+    style: dict[str, Any] = {"s": 5, "linewidths": 0, "alpha": 0.7, "rasterized": True}
+    if labels is None:
+        ax.scatter(x, y, color=TEST, **style)
+        return figure
+    classes = np.asarray(labels).reshape(-1)
+    if len(classes) != len(values):
+        raise ValueError(f"labels: got {len(classes)}, wanted one for each of the {len(values)} datapoints")
+    names, number = np.unique(classes, return_inverse=True)
+    colours = colormaps["tab10" if len(names) <= 10 else "turbo"](
+        np.arange(len(names)) if len(names) <= 10 else np.linspace(0, 1, len(names))
+    )
+    ax.scatter(x, y, color=colours[number], **style)
+    for k, name in enumerate(names):
+        place = (float(np.median(x[number == k])), float(np.median(y[number == k])))
+        ax.annotate(str(name), place, ha="center", va="center", color=colours[k], fontweight="bold").set_bbox(
+            {"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colours[k], "alpha": 0.9}
+        )
     return figure
 
 

@@ -14,12 +14,14 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from . import datasets, evaluation, plots
+from . import datasets, evaluation, plots, uses
 from .datasets import Prepared
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 PAPER_END = 100_000_000  # samples; where the paper's values are compared
 _PAIRS = 20
+_POINTS = 2000  # in the picture of the latents
+_NOISE = 0.3
 _TABLE_ROWS = 12  # datapoints in the heat maps of data that are no images
 _COLOURS = {
     plots.INK: "var(--ink)",
@@ -50,6 +54,7 @@ def write_report(
     reproduce: str = "",
     resume: str = "",
     notes: Iterable[str] = (),
+    labels: Any = None,
 ) -> None:
     """Writes what was trained, how well, how fast, on what and with what, to one HTML file, whole or not at
     all.
@@ -68,6 +73,7 @@ def write_report(
             more, and 28 x 20; None says that the data are no images.
         reproduce, resume: commands to print.
         notes: sentences for the section on the data.
+        labels: classes of the datapoints shown, ``[N]``, to colour their latents by.
 
     Raises:
         IndexError: the trainer has no history yet.
@@ -75,7 +81,9 @@ def write_report(
         DataError: train or test cannot be read as the trainer reads them.
         OSError: the file cannot be written; the previous one is then whole.
     """
-    write_atomically(path, _page(trainer, train, test, name, image_shape, reproduce, resume, notes).encode())
+    write_atomically(
+        path, _page(trainer, train, test, name, image_shape, reproduce, resume, notes, labels).encode()
+    )
 
 
 def write_atomically(path: str | os.PathLike[str], payload: bytes) -> None:
@@ -103,6 +111,7 @@ def _page(
     reproduce: str,
     resume: str,
     notes: Iterable[str],
+    labels: Any,
 ) -> str:
     last = trainer.history.last
     train_data, test_data = _prepared(trainer, train, "train", None), None
@@ -117,7 +126,7 @@ def _page(
     ]
     if shown is not None and activity is not None:
         sections += _pictures(
-            trainer, shown, activity, image_shape, "training" if test_data is None else "test"
+            trainer, shown, activity, image_shape, "training" if test_data is None else "test", labels
         )
     data_notes = [data.note for data in (train_data, test_data) if data is not None]
     sections += [
@@ -298,13 +307,12 @@ def _pictures(
     activity: evaluation.ActiveUnits,
     image_shape: Sequence[int] | str | None,
     which: str,
+    labels: Any,
 ) -> list[str]:
     model = trainer.model
     like = next(model.parameters())
     with torch.no_grad(), evaluation.evaluating(model):
-        count = min(_PAIRS, len(data))
-        spread = torch.linspace(0, len(data) - 1, count).round().long().to(data.values.device)
-        x = data.batch(spread).to(like)
+        x = data.batch(spread(len(data), _PAIRS).to(data.values.device)).to(like)
         xhat = model.reconstruct(x)
         has_prior = model.latent_dim is not None
         drawn = model.sample(100, seed=trainer.settings.seed) if has_prior else None
@@ -331,6 +339,7 @@ def _pictures(
         return [
             _section("Data, reconstructions and samples", _inline(plots.feature_rows(panels)), caption),
             bars,
+            _latents(model, data, labels, activity.variance),
         ]
     assert not isinstance(shape, str)
     # Real numbers that are no pixels have no black and white of their own.
@@ -346,6 +355,8 @@ def _pictures(
         f"Evenly spaced rows of the {which} data, {size}; reconstructions are E[x | z] at the posterior mean."
     )
     found = [_figure_section(plots.reconstructions(x, xhat, **options), said)]
+    if options["value_range"] == (0.0, 1.0):
+        found.append(_denoising(model, x, which, trainer.settings.seed, options))
     if drawn is not None:
         found += [
             '<div class="columns">',
@@ -359,7 +370,37 @@ def _pictures(
             ),
             "</div>",
         ]
-    return [*found, bars]
+    return [*found, bars, _latents(model, data, labels, activity.variance)]
+
+
+def spread(count: int, most: int) -> Tensor:
+    """Indices of at most so many evenly spaced rows of ``count``."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()
+
+
+def _latents(model: Any, data: Prepared, labels: Any, variance: Tensor) -> str:
+    """The posterior means of some of the data."""
+    rows = spread(len(data), _POINTS)
+    chosen = replace(data, values=data.values[rows.to(data.values.device)])
+    mean = uses.encode(model, chosen).mean
+    return _figure_section(
+        plots.latents(mean, None if labels is None else torch.as_tensor(labels)[rows], variance=variance),
+        f"E<sub>q</sub>[z] of {len(rows):,} datapoints. The prior has mean 0 and variance 1.",
+    )
+
+
+def _denoising(model: Any, x: Tensor, which: str, seed: int, options: Mapping[str, Any]) -> str:
+    """Of pixels in [0, 1]: noisy, denoised and clean images, and the errors."""
+    noisy = uses.corrupt(x, _NOISE, seed=seed)
+    alone, found = (uses.denoise(model, noisy, _NOISE, steps=steps) for steps in (0, 50))
+    before, encoded, after = (float((part - x).square().mean()) for part in (noisy, alone, found))
+    rows = {"noisy": noisy, "denoised": found, "clean": x}
+    return _figure_section(
+        plots.stacked(rows, **options),
+        f"Salt and pepper on {100 * _NOISE:g} % of the pixels of the {which} data above, then E[x | z] at "
+        f"the likeliest z given the noisy image. Mean squared error of these {len(x)}: {before:.4f} noisy, "
+        f"{after:.4f} denoised; {encoded:.4f} by encoder and decoder alone.",
+    )
 
 
 def _incidents(trainer: Trainer) -> list[str]:
