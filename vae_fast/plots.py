@@ -11,6 +11,7 @@ datapoint.
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.resources
 import io
 import math
@@ -53,6 +54,7 @@ class DrawnCurve(NamedTuple):
         return float(np.interp(math.log(samples), np.log(self.samples), self.values))
 
 
+@functools.cache
 def drawn_curves(figure: str) -> dict[tuple[str, str], DrawnCurve]:
     """All curves of the paper's "figure2" or "figure3", by the names of panel and curve in its drawing.
 

@@ -220,8 +220,8 @@ def _train(
             bar.update(trainer.samples_seen - before)
         if trainer.samples_seen > stop:
             raise CurveError(
-                f"{folder}: found a checkpoint at {trainer.samples_seen:,} samples and no point at {stop:,} in "
-                f"{POINTS}; wanted both; remove the folder to train this curve anew"
+                f"{folder}: found a checkpoint at {trainer.samples_seen:,} samples and no point at {stop:,}, "
+                f"wanted all points up to it in {POINTS}; remove the folder to train this curve anew"
             )
         point = Point(stop, *evaluate(trainer, train, test, _online(trainer, done)))
         points.append(point)
@@ -279,10 +279,8 @@ def _read_points(folder: Path) -> list[Point]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Point(int(row["samples"]), float(row["train"]), float(row["test"]))
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    return [Point(int(row["samples"]), float(row["train"]), float(row["test"])) for row in rows]
 
 
 class _Progress:

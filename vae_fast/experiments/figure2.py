@@ -80,9 +80,9 @@ def run(
     result = Result(
         name="figure2",
         title="Figure 2: the bound while training",
-        caption="Colour: ours; grey: the paper’s drawing. Test: the bound over the test data, one sample of z "
-        "each. Train: the mean bound of the minibatches since the point before. Points are a tenth of a decade "
-        "apart; one seed.",
+        caption="Colour: ours; grey: the paper’s drawing. Test: the bound over the test data, one sample of "
+        "z each. Train: the mean bound of the minibatches since the point before. Points are a tenth of a "
+        "decade apart; one seed.",
         rows=arranged(chosen),
         points=points,
         verdicts=verdicts(points),

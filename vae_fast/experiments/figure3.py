@@ -1,5 +1,5 @@
 """Figure 3: the marginal likelihood against training samples, for 1000 and 50,000 training datapoints of
-MNIST; auto-encoding variational Bayes, wake-sleep and Monte Carlo EM, 100 hidden units and 3 latent variables.
+MNIST; auto-encoding variational Bayes, wake-sleep and Monte Carlo EM, 100 hidden units and 3 latents.
 
 Samples are datapoints of minibatches, in Monte Carlo EM too, whose minibatches have 5 updates of the weights
 each.
@@ -69,8 +69,8 @@ def run(
     result = Result(
         name="figure3",
         title="Figure 3: the marginal likelihood while training",
-        caption="Colour: ours; grey: the paper’s drawing. Appendix D’s estimate of log p(x) over the first 1000 "
-        "datapoints of the training and of the test data. One seed.",
+        caption="Colour: ours; grey: the paper’s drawing. Appendix D’s estimate of log p(x) over the first "
+        "1000 datapoints of the training and of the test data. One seed.",
         rows=[[Panel(key, f"N = {PANELS[key]:,}", f"Ntrain={PANELS[key]}") for key in chosen]],
         points=points,
         verdicts=verdicts(points),

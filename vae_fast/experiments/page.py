@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -46,6 +46,9 @@ class Verdict:
     found: str
     holds: bool | None
 
+    def __str__(self) -> str:
+        return f"{_STATES[self.holds]:<14}  {self.bar}: {self.found}"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -74,11 +77,9 @@ class Result:
 
     def table(self) -> str:
         """Verdicts, then values at every decade, as Markdown."""
-        tables = [_verdict_rows(self.verdicts)]
-        tables += [
-            [[panel.title, *rows[0][1:]], *rows[1:]] for panel in self.panels if (rows := self.values(panel))
-        ]
-        return "\n".join(_markdown(rows) for rows in tables)
+        tables = [_markdown(_verdict_rows(self.verdicts))]
+        tables += [f"{panel.title}\n\n{_markdown(self.values(panel))}" for panel in self.panels]
+        return "\n".join(tables)
 
     def values(self, panel: Panel) -> list[list[str]]:
         """At every power of ten and at the end: each curve, and what it is above the paper's."""
@@ -121,7 +122,7 @@ def write(result: Result, folder: Path, command: str = "") -> None:
                 writer.writerow([key, algorithm, p.samples, p.train, p.test, *short])
     picture = io.BytesIO()
     plot(result).savefig(picture, format="png")
-    verdicts = [vars(verdict) for verdict in result.verdicts]
+    said = {"notes": result.notes, "verdicts": [vars(verdict) for verdict in result.verdicts]}
     body = [
         f"<header>\n<h1>{escape(result.title)}</h1>\n<p>Kingma &amp; Welling, arXiv:1312.6114</p>\n</header>",
         *(f"<p>{escape(note)}</p>" for note in result.notes),
@@ -131,23 +132,23 @@ def write(result: Result, folder: Path, command: str = "") -> None:
             report._section(panel.title, report._grid(result.values(panel)), "Nats per datapoint.")
             for panel in result.panels
         ),
-        report._section(
-            "Settings", f"<pre><code>{escape(json.dumps(result.settings, indent=1))}</code></pre>"
-        ),
+        settings_section(result.settings),
         report._commands(command, ""),
     ]
     for suffix, payload in (
         ("csv", text.getvalue()),
-        (
-            "json",
-            json.dumps({**result.settings, "notes": result.notes, "verdicts": verdicts}, indent=1) + "\n",
-        ),
+        ("json", json.dumps({**result.settings, **said}, indent=1) + "\n"),
         ("md", result.table()),
         ("png", picture.getvalue()),
         ("html", report.document(result.title, "\n".join(filter(None, body)))),
     ):
         whole = payload if isinstance(payload, bytes) else payload.encode()
         write_atomically(folder / f"{result.name}.{suffix}", whole)
+
+
+def settings_section(settings: Mapping[str, Any]) -> str:
+    text = escape(json.dumps(settings, indent=1))
+    return f"<details><summary>Settings</summary><pre><code>{text}</code></pre></details>"
 
 
 def plot(result: Result) -> Figure:
@@ -169,7 +170,7 @@ def plot(result: Result) -> Figure:
                 ax.set_ylabel("nats per datapoint", color=plots.QUIET)
             if i == len(result.rows) - 1:
                 ax.set_xlabel("training samples", color=plots.QUIET)
-    handles = {line.get_label(): line for ax in figure.axes for line in ax.get_lines()}
+    handles = {str(line.get_label()): line for ax in figure.axes for line in ax.get_lines()}
     figure.legend(
         list(handles.values()),
         list(handles),
@@ -221,12 +222,9 @@ def _limits(result: Result, row: Sequence[Panel], end: int) -> tuple[float, floa
         for _, part, points, drawn in result.lines(panel):
             if points:
                 seen.append(getattr(points[-1], part))
-            inside = None if drawn is None else drawn.samples >= 1e6
-            if drawn is not None and inside is not None and (result.log_axis or end > drawn.samples[0]):
-                values = drawn.values[inside]
-                seen += (
-                    [float(values.max())] if part == "train" else [float(values.min()), float(values.max())]
-                )
+            if drawn is not None and (result.log_axis or end > drawn.samples[0]):
+                values = drawn.values[drawn.samples >= 1e6]
+                seen += [float(values.max())] + ([float(values.min())] if part == "test" else [])
     low, high = min(seen), max(seen)
     pad = 0.06 * max(high - low, 1.0)
     return low - pad, high + pad

@@ -17,6 +17,7 @@ from .. import plots, report
 from ..nn import VAE
 from ..report import write_atomically
 from . import curves, figure2
+from .page import settings_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +59,7 @@ def write(
         f"<header>\n<h1>{escape(title)}</h1>\n<p>Kingma &amp; Welling, arXiv:1312.6114</p>\n</header>",
         *(f"<p>{escape(note)}</p>" for note in notes),
         report._section("Ours", report._inline(plot(pictures)), escape(caption)),
-        report._section("Settings", f"<pre><code>{escape(text)}</code></pre>"),
+        settings_section(settings),
         report._commands(command, ""),
     ]
     html = report.document(title, "\n".join(filter(None, body)))
