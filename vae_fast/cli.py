@@ -1,5 +1,5 @@
 """The command line: ``vae-fast train | evaluate | sample | encode | reconstruct | denoise | manifold |
-bench | doctor``.
+reproduce | bench | doctor``.
 
 Exit codes: 0 for success; 1 where something went wrong on the way; 2 for data or a command that cannot be
 used, said in one sentence on stderr, with nothing written; 130 after Ctrl-C, with the state saved and the
@@ -980,6 +980,95 @@ def _bench_module(name: str) -> ModuleType:
         sys.modules[package] = module
         spec.loader.exec_module(module)
     return importlib.import_module(f"{package}.{name}")
+
+
+# ---- reproduce ---------------------------------------------------------------------------------------------
+
+_REPRODUCED = ("variance", "figure2", "figure3", "figure4", "figure5")
+_LEAST_DRAWS = 0.1  # of the variance experiment, which scale 1 does in about a minute
+
+
+@main.command(short_help="Draw a figure of the paper again, over the paper's own.")
+@click.argument("what", type=click.Choice([*_REPRODUCED, "all"]))
+@click.option("--out", metavar="DIR", default="vae-fast-paper", help="Folder; what is in it goes on.")
+@click.option(
+    "--scale",
+    type=click.FloatRange(0, min_open=True),
+    default=0.01,
+    help="Fraction of the paper's 10^8 samples per curve.",
+)
+@click.option("--panels", metavar="NAMES", help="Only these, such as mnist-20,frey-2 or n-1000.")
+@click.option("--data", metavar="DIR", help="Folder of MNIST's four files. Default: the bundled ones.")
+@click.option("--frey", metavar="FILE", help="Frey Face, uint8 [1965, 560]; left out without it.")
+@_SEED
+@click.option(
+    "--device", default="auto", help="cpu, cuda or cuda:1. auto: a GPU where this build can use one."
+)
+def reproduce(
+    what: str,
+    out: str,
+    scale: float,
+    panels: str | None,
+    data: str | None,
+    frey: str | None,
+    seed: int,
+    device: str,
+) -> None:
+    """Train what a figure of the paper shows, and draw it over the paper's own curves.
+
+    \b
+    figure2   the bound while training: MNIST and Frey Face, AEVB and wake-sleep
+    figure3   the marginal likelihood: AEVB, wake-sleep, Monte Carlo EM
+    figure4   manifolds of two latent variables     figure5   samples from the prior
+    variance  of the gradient estimators            all       everything
+
+    Leaves a page, a picture, the numbers and the settings in --out. A killed command goes on when it is given
+    again, a finished curve is not trained again, and a larger --scale continues the same curves. Curves end
+    at the last tenth of a decade within --scale. For variance, --scale is the fraction of its draws, a tenth
+    at least.
+
+    \b
+    Example: vae-fast reproduce figure2 --scale 0.1 --panels mnist-3,mnist-20
+    """
+    from .experiments.curves import CurveError
+
+    if panels is not None and what not in ("figure2", "figure3"):
+        raise click.UsageError(f"--panels: found it with {what}; wanted figure2 or figure3")
+    command = shlex.join(["vae-fast", "reproduce", *_given(click.get_current_context(), without=())])
+    how: dict[str, Any] = {"seed": seed, "device": _device(device)}
+    with _writing(out):
+        Path(out).mkdir(parents=True, exist_ok=True)
+    said: set[str] = set()
+    try:
+        for name in _REPRODUCED if what == "all" else (what,):
+            module = importlib.import_module(f"{__package__}.experiments.{name}")
+            if name == "variance":
+                from . import datasets
+
+                train = None if data is None else datasets.mnist(data)[0]
+                result = module.run(out, train=train, scale=max(scale, _LEAST_DRAWS), **how)
+                click.echo(result.table(), nl=False)
+                click.echo(f"{name}: {Path(out) / module.FIGURE}")
+                continue
+            options = {**how, "scale": scale, "mnist": data, "command": command}
+            if name in ("figure2", "figure4"):
+                options["frey"] = frey
+            if panels is not None:
+                options["panels"] = panels.split(",")
+            result = module.run(out, **options)
+            notes = result["notes"] if isinstance(result, dict) else result.notes
+            for note in [note for note in notes if note not in said]:
+                said.add(note)
+                click.echo(note, err=True)
+            if not isinstance(result, dict):
+                for verdict in result.verdicts:
+                    click.echo(str(verdict))
+            click.echo(f"{name}: {Path(out) / f'{name}.html'}")
+    except KeyboardInterrupt as interrupt:
+        stopped = str(interrupt) or "stopped at once; the last checkpoint is whole"
+        _fail(f"{stopped}. To go on: {command}", 130)
+    except CurveError as error:
+        raise click.UsageError(str(error)) from error
 
 
 # ---- doctor ------------------------------------------------------------------------------------------------

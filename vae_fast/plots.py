@@ -11,6 +11,7 @@ datapoint.
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.resources
 import io
 import math
@@ -43,6 +44,36 @@ ACTIVE_THRESHOLD = 0.01  # Var_x(E_q[z]) of a unit in use; Burda, Grosse & Salak
 _SMALLEST_GUESS = 8  # a table of 16 columns is no 4 x 4 image; 8 x 8 digits are images
 
 
+class DrawnCurve(NamedTuple):
+    """A curve as the paper's figures 2 and 3 draw it: float64 ``[n]`` each, samples increasing."""
+
+    samples: _Floats
+    values: _Floats
+
+    def at(self, samples: float) -> float | None:
+        """The drawn value at a number of samples, linear in log(samples); None outside the drawing."""
+        if not self.samples[0] <= samples <= self.samples[-1]:
+            return None
+        return float(np.interp(math.log(samples), np.log(self.samples), self.values))
+
+
+@functools.cache
+def drawn_curves(figure: str) -> dict[tuple[str, str], DrawnCurve]:
+    """All curves of the paper's "figure2" or "figure3", by the names of panel and curve in its drawing.
+
+    Such names are ("MNIST Nz=20", "AEVB(test)") and ("Ntrain=1000", "MCEM(train)"); values are nats per
+    datapoint.
+
+    Source: Kingma & Welling, arXiv:1312.6114, figures 2 and 3, read from the vector drawings.
+    """
+    file = importlib.resources.files("vae_fast") / "data" / "paper" / f"{figure}.csv"
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    with file.open(encoding="utf-8") as lines:
+        for panel, curve, samples, value in list(csv.reader(lines))[1:]:
+            found.setdefault((panel, curve), []).append((float(samples), float(value)))
+    return {key: DrawnCurve(*np.array(points).T) for key, points in found.items()}
+
+
 class PaperCurve(NamedTuple):
     """The paper's test bound of AEVB on MNIST as drawn in its figure 2: float64 ``[n]`` each, samples
     increasing.
@@ -53,25 +84,18 @@ class PaperCurve(NamedTuple):
     test_bound: _Floats
 
     def at(self, samples: float) -> float | None:
-        """The drawn value at a number of samples, linear in log(samples); None outside the drawing."""
-        if not self.samples[0] <= samples <= self.samples[-1]:
-            return None
-        return float(np.interp(math.log(samples), np.log(self.samples), self.test_bound))
+        """As :meth:`DrawnCurve.at`."""
+        return DrawnCurve(self.samples, self.test_bound).at(samples)
 
 
 def paper_curve(latent_dim: int | None) -> PaperCurve | None:
     """The paper's curve for so many latent variables: 3, 5, 10, 20 or 200; None for others.
 
-    Source: Kingma & Welling, arXiv:1312.6114, figure 2, read from the vector drawing. 500 hidden units,
-    real-valued pixels, minibatches of 100, one posterior sample.
+    It is of :func:`drawn_curves`. 500 hidden units, real-valued pixels, minibatches of 100, one posterior
+    sample.
     """
-    file = importlib.resources.files("vae_fast") / "data" / "paper" / "figure2.csv"
-    with file.open(encoding="utf-8") as lines:
-        rows = [row for row in csv.DictReader(lines) if int(row["latents"]) == latent_dim]
-    if latent_dim is None or not rows:
-        return None
-    samples, bound = (np.array([float(row[key]) for row in rows]) for key in ("samples", "test_bound"))
-    return PaperCurve(latent_dim, samples, bound)
+    drawn = drawn_curves("figure2").get((f"MNIST Nz={latent_dim}", "AEVB(test)"))
+    return None if latent_dim is None or drawn is None else PaperCurve(latent_dim, *drawn)
 
 
 # ---- curves ------------------------------------------------------------------------------------------------

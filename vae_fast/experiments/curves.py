@@ -1,0 +1,318 @@
+"""Training curves that go on where they stopped: what figures 2 to 5 are made of.
+
+A curve is one model, trained by one algorithm on one set of data, and looked at after 10^(k/10) samples. It
+has a folder of its own under ``<out>/curves``, which all figures of that ``out`` share:
+
+* ``checkpoint.safetensors``: replaced at every look, and between them every ``SAVE_EVERY`` samples;
+* ``curve.csv``: samples, train, test, a line for every look;
+* ``curve.json``: what the curve is, so that no other is taken for it.
+
+Killed at any moment, it continues bit for bit. A finished curve is not trained again, and more samples
+continue it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tqdm import tqdm
+
+from .. import checkpoint as checkpoints
+from .. import datasets
+from .._extension import build_info
+from ..algorithms import MonteCarloEM, WakeSleep
+from ..batches import ArraySource
+from ..datasets import Prepared
+from ..nn import VAE
+from ..presets import Preset
+from ..report import write_atomically
+from ..trainer import Trainer
+
+FULL = 100_000_000  # training samples of the paper's figure 2, scale 1
+FIRST = 10_000  # the first look; until then the paper's Adagrad has only accumulated
+SAVE_EVERY = 2_000_000
+CHECKPOINT, POINTS, SPEC = "checkpoint.safetensors", "curve.csv", "curve.json"
+ALGORITHMS: dict[str, type[Trainer]] = {"aevb": Trainer, "wake-sleep": WakeSleep, "mcem": MonteCarloEM}
+
+
+class CurveError(ValueError):
+    """A curve that cannot be trained or continued as asked; one sentence."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A look at a curve: nats per datapoint, higher is better."""
+
+    samples: int
+    train: float
+    test: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a figure.
+
+    ``data`` is "mnist" or "frey", of whose training rows the first ``rows`` are trained on; None: all.
+    """
+
+    panel: str
+    algorithm: str
+    preset: Preset
+    data: str
+    rows: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.panel}-{self.algorithm}"
+
+
+Data: TypeAlias = Mapping[str, tuple[Prepared, Prepared]]
+# (trainer, train, test, mean of the online bound since the last look) -> (train, test) of a point
+Evaluate: TypeAlias = Callable[[Trainer, Prepared, Prepared, float], tuple[float, float]]
+
+
+def points_to(samples: int, first: int = FIRST) -> list[int]:
+    """10^(k/10) samples, in minibatches of 100, from ``first`` to ``samples``.
+
+    Raises:
+        CurveError: there is none.
+    """
+    tenths = (round(10 ** (k / 10) / 100) * 100 for k in range(20, math.ceil(10 * math.log10(samples)) + 1))
+    found = [n for n in tenths if first <= n <= samples]
+    if not found:
+        raise CurveError(
+            f"scale: got {samples:,} samples, wanted {first:,} or more, where a curve's first point is"
+        )
+    return found
+
+
+def load_data(
+    names: Iterable[str], mnist: str | os.PathLike[str] | None, frey: str | os.PathLike[str] | None
+) -> tuple[dict[str, tuple[Prepared, Prepared]], list[str]]:
+    """(train, test) by name, pixels over 256, and a sentence where Frey Face is wanted and not there.
+
+    Args:
+        names: of "mnist" and "frey", those that are wanted.
+        mnist: a folder as :func:`vae_fast.datasets.mnist` takes it; None: the bundled one.
+        frey: the file of Frey Face, which is not bundled.
+    """
+    found, notes = {}, []
+    for name in dict.fromkeys(names):
+        if name == "frey" and (frey is None or not Path(frey).exists()):
+            why = "no file was given" if frey is None else f"there is no file {os.fspath(frey)}"
+            notes.append(
+                f"Frey Face is left out: {why}; wanted --frey FILE with its 1965 frames, uint8 [1965, 560]."
+            )
+            continue
+        likelihood = "gaussian" if name == "frey" else "bernoulli"
+        parts = datasets.mnist(mnist) if name == "mnist" else datasets.frey(frey or "")
+        train, test = (
+            datasets.prepare(part, likelihood=likelihood, targets="real", pixel_scale=256, name=name)
+            for part in parts
+        )
+        found[name] = train, test
+    return found, notes
+
+
+def advance(
+    curves: Sequence[Curve],
+    out: Path,
+    data: Data,
+    evaluate: Evaluate,
+    *,
+    samples: int,
+    first: int = FIRST,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict[tuple[str, str], list[Point]]:
+    """Trains what is missing of the curves, one after the other; all their points, by (panel, algorithm).
+
+    Raises:
+        CurveError: the folder holds another curve of that name.
+        KeyboardInterrupt: after Ctrl-C; the same call goes on.
+    """
+    stops = points_to(samples, first)
+    found: dict[tuple[str, str], list[Point]] = {}
+    jobs = []
+    for curve in curves:
+        folder = out / "curves" / curve.name
+        train, test = data[curve.data]
+        train = replace(train, values=train.values[: curve.rows])
+        _claim(folder, curve, train, seed)
+        points = _read_points(folder)
+        found[curve.panel, curve.algorithm] = points
+        if not points or points[-1].samples < stops[-1]:
+            jobs.append((curve, folder, train, test, points))
+    total = sum(stops[-1] - (points[-1].samples if points else 0) for *_, points in jobs)
+    with _Progress(total, progress) as bar:
+        for curve, folder, train, test, points in jobs:
+            _train(curve, folder, train, test, points, stops, evaluate, seed, device, bar)
+    return found
+
+
+def model(curve: Curve, out: Path) -> VAE:
+    """The trained model of a curve that :func:`advance` has made, on the CPU."""
+    path = out / "curves" / curve.name / CHECKPOINT
+    return ALGORITHMS[curve.algorithm].load(path, device="cpu").model
+
+
+def settings(curves: Sequence[Curve], out: Path, **how: Any) -> dict[str, Any]:
+    """What a figure was made with: JSON-able."""
+    made = {}
+    for curve in curves:
+        folder = out / "curves" / curve.name
+        meta = checkpoints.load(folder / CHECKPOINT)[1]
+        made[curve.name] = {
+            "samples": meta["samples_seen"],
+            "seconds": meta["seconds"],
+            "settings": meta["settings"],
+            "curve": json.loads((folder / SPEC).read_text(encoding="utf-8")),
+        }
+    return {**how, "curves": made, "versions": build_info()}
+
+
+# ---- one curve ---------------------------------------------------------------------------------------------
+
+
+def _train(
+    curve: Curve,
+    folder: Path,
+    train: Prepared,
+    test: Prepared,
+    points: list[Point],
+    stops: Sequence[int],
+    evaluate: Evaluate,
+    seed: int,
+    device: str,
+    bar: _Progress,
+) -> None:
+    trainer = _trainer(curve, seed, device)
+    path = folder / CHECKPOINT
+    if path.exists():
+        trainer.resume(path)
+    # A checkpoint is written before its point: where one is missing, it is the last.
+    points[:] = [point for point in points if point.samples <= trainer.samples_seen]
+    train, test = train.to(trainer.device), test.to(trainer.device)
+    for stop in stops:
+        done = points[-1].samples if points else 0
+        if stop <= done:
+            continue
+        while trainer.samples_seen < stop:
+            before = trainer.samples_seen
+            end = min(stop, (before // SAVE_EVERY + 1) * SAVE_EVERY)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="train: these are not the data")
+                trainer.fit(
+                    train, max_samples=end - before, report_every=end, checkpoint=path, progress=False
+                )
+            bar.update(trainer.samples_seen - before)
+        if trainer.samples_seen > stop:
+            raise CurveError(
+                f"{folder}: found a checkpoint at {trainer.samples_seen:,} samples and no point at {stop:,}, "
+                f"wanted all points up to it in {POINTS}; remove the folder to train this curve anew"
+            )
+        point = Point(stop, *evaluate(trainer, train, test, _online(trainer, done)))
+        points.append(point)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(Point.__dataclass_fields__), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in points)
+        write_atomically(folder / POINTS, text.getvalue().encode())
+        bar.say(curve, point)
+
+
+def _trainer(curve: Curve, seed: int, device: str) -> Trainer:
+    return ALGORITHMS[curve.algorithm](
+        curve.preset.model(seed=seed), **{**curve.preset.trainer_options, "seed": seed, "device": device}
+    )
+
+
+def _online(trainer: Trainer, since: int) -> float:
+    """The mean bound of the minibatches after so many samples, as the parameters moved."""
+    total, before = 0.0, 0
+    for row in trainer.history:
+        if row.samples > since:
+            total += (row.samples - before) * row.train_bound
+        before = row.samples
+    return total / (before - since)
+
+
+def _claim(folder: Path, curve: Curve, train: Prepared, seed: int) -> None:
+    """Writes what the curve is, or refuses a folder of another one."""
+    source = ArraySource(train, batch_size=100, seed=seed, order="replacement", device=train.values.device)
+    spec: dict[str, Any] = {
+        "panel": curve.panel,
+        "algorithm": curve.algorithm,
+        "seed": seed,
+        "model": curve.preset.model_options,
+        "training": curve.preset.trainer_options,
+        "train": {"note": train.note, "rows": len(train), "sha256": source.fingerprint()},
+    }
+    path = folder / SPEC
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in spec.items():
+            if theirs.get(name) != value:
+                raise CurveError(
+                    f"{folder}: found a curve with {name} {theirs.get(name)!r}, wanted {value!r}; "
+                    "choose another --out"
+                )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(spec, indent=1) + "\n").encode())
+
+
+def _read_points(folder: Path) -> list[Point]:
+    path = folder / POINTS
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [Point(int(row["samples"]), float(row["train"]), float(row["test"])) for row in rows]
+
+
+class _Progress:
+    """A bar over all curves with the time left; a line per point where stderr is no terminal."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._lines = shown and not sys.stderr.isatty()
+        self._total, self._done, self._began = total, 0, time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            disable=not shown or self._lines,
+            file=sys.stderr,
+            unit=" samples",
+            unit_scale=True,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, samples: int) -> None:
+        self._done += samples
+        self._bar.update(samples)
+
+    def say(self, curve: Curve, point: Point) -> None:
+        text = f"{curve.name} {point.samples:,}: train {point.train:.2f}, test {point.test:.2f}"
+        self._bar.set_postfix_str(text)
+        if self._lines:
+            spent = time.monotonic() - self._began
+            left = spent * (self._total - self._done) / max(self._done, 1)
+            share = self._done / max(self._total, 1)
+            print(f"{share:4.0%}, {left / 60:.1f} min left  {text}", file=sys.stderr, flush=True)
