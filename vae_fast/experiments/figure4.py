@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .. import plots
+from .. import plots, uses
 from . import curves, figure2, sheets
 from .curves import FIRST, FULL, CurveError
 
@@ -43,8 +43,7 @@ def run(
     pictures = {}
     for key, model in made.items():
         name, n = GRIDS[key]
-        images, _ = plots._manifold(model, n, None)
-        pictures[f"{name}, {n} × {n}"] = plots.tile(images, None, n, gap=0)
+        pictures[f"{name}, {n} × {n}"] = plots.tile(uses.manifold(model, n), None, n, gap=0)
     settings = curves.settings(
         [figure2.curve(key) for key in chosen], Path(out), scale=scale, seed=seed, device=device
     )
