@@ -17,7 +17,7 @@ int main() {
   };
   int wrong = 0;
   for (auto& v : vectors) {
-    vae_fast::philox4x32_10<float>(v.counter, v.key[0], v.key[1]);
+    vae_fast::philox4x32_10<float>(&v.counter, v.key[0], v.key[1]);
     for (int i = 0; i < 4; ++i) {
       if (v.counter[i] == v.wanted[i]) continue;
       std::fprintf(stderr, "word %d: got %08x, wanted %08x\n", i, v.counter[i], v.wanted[i]);
