@@ -267,6 +267,10 @@ class TestLatents:
         np.testing.assert_allclose(points.get_offsets(), self.MEAN[:, [1, 2]])
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[z | x], latent 2", "E[z | x], latent 3")
 
+    def test_two_units_are_in_the_order_of_the_manifold(self) -> None:
+        (ax,) = plots.latents(self.MEAN[:, [0, 1]]).axes
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[z | x], latent 1", "E[z | x], latent 2")
+
     def test_classes_have_colours_and_stand_at_their_medians(self) -> None:
         (ax,) = plots.latents(self.MEAN, labels=[7, 5, 7]).axes
         colours = ax.collections[0].get_facecolors()

@@ -470,10 +470,13 @@ def latents(mean: Any, labels: Any = None, *, variance: Any = None) -> Figure:
     from matplotlib import colormaps
 
     values = _rows("mean", mean)
-    units = most_active(values.var(axis=0) if variance is None else variance)
+    many = values.shape[1] > 2
+    units = list(range(values.shape[1]))  # as the manifold has them
+    if many:
+        units = most_active(values.var(axis=0) if variance is None else variance)
     figure = _figure(6.4, 5.6 if len(units) == 2 else 3.0)
     ax = figure.add_subplot()
-    _style(ax, "Posterior means" + (" on the two most active latents" if values.shape[1] > 2 else ""))
+    _style(ax, "Posterior means" + (" on the two most active latents" if many else ""))
     ax.set_xlabel(f"E[z | x], latent {units[0] + 1}", color=QUIET)
     if len(units) == 1:
         ax.hist(values[:, 0], bins=60, color=TEST)
