@@ -1,0 +1,69 @@
+// What the native engine trains: a variational auto-encoder of two multi-layer perceptrons, how a step estimates its
+// bound, and what updates the parameters. Plain data, no torch; the CPU step and the CUDA step both read it.
+//
+// Parameters are numbered as torch's named_parameters() gives them: for each hidden layer of the encoder weight and
+// bias, then mu's and logvar's; for each hidden layer of the decoder weight and bias, then those of the logits, or of
+// the mean and of the logvar. A weight is [out, in] in torch.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../kernels.h"
+
+namespace vae_fast::engine {
+
+enum class Activation : int8_t { tanh, relu };
+enum class Likelihood : int8_t { bernoulli, gaussian, gaussian_sigmoid_mean };
+enum class Estimator : int8_t { sgvb_b, sgvb_a };
+enum class OptimizerKind : int8_t { sgd, adagrad, adam, adamw };
+enum class Precision : int8_t { exact, fast };
+
+struct Network {
+  int64_t data_dim, latent_dim;
+  std::vector<int64_t> encoder_hidden, decoder_hidden;  // widths, from the input on
+  Activation activation;
+  Likelihood likelihood;
+};
+
+// The objective of a step is the minibatch mean of 1/L sum_l log p(x|z_l) - beta KL, or of SGVB-A's estimate of it, plus
+// weight_prior * log N(W; 0, I) for every weight (not bias): weight_prior is 1/N, or 0 for none.
+struct Objective {
+  Estimator estimator;
+  int64_t num_samples;  // L
+  float beta, weight_prior;
+};
+
+// As in vae_fast/optim.py and torch.optim; what a kind does not have is not read.
+//   sgd      m = momentum m + g;  w -= lr m  (with momentum 0: w -= lr g)
+//   adagrad  G += g^2;  w -= lr g / sqrt(G + eps), nothing while step <= accumulate_steps
+//   adam     m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;
+//            w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//   adamw    w *= 1 - lr weight_decay first
+// weight_decay adds weight_decay w to g in sgd and adam, to every parameter, as torch does.
+struct Optimizer {
+  OptimizerKind kind;
+  double lr, eps, beta1, beta2, momentum, weight_decay;
+  int64_t accumulate_steps;
+  int states() const {  // tensors of a parameter's shape: adagrad's G; m, v; momentum's m
+    if (kind == OptimizerKind::adam || kind == OptimizerKind::adamw) return 2;
+    return kind == OptimizerKind::adagrad || momentum != 0 ? 1 : 0;
+  }
+};
+
+// The training data, resident on the device: x = float(values) * scale; with `dynamic`, each use of a value is a draw
+// from Bernoulli(x), of element i of the minibatch [B, D] by word i of the step's binarise seed (vae_fast/batches.py).
+struct Data {
+  DType dtype;  // u8, f32, or bits: [rows, ceil(cols / 8)] of bytes
+  bool dynamic;
+  float scale;
+  int64_t rows, cols;
+  const void* values;
+};
+
+// Of one step, means over the minibatch in nats: elbo = log_likelihood - beta kl.
+struct Terms {
+  float elbo, log_likelihood, kl;
+};
+
+}  // namespace vae_fast::engine
