@@ -29,8 +29,10 @@ class Source(Protocol):
 
     count: int | None  # number of datapoints N; None for a stream
     steps_at_once: int  # the most steps that sizes() and rows() can be asked for
+    most_rows: int  # about the most datapoints of a minibatch
     version: int  # changes when the datapoints have moved to other memory
     note: str  # how the values are read
+    data: Prepared  # what the numbers of rows() are rows of, on the device
     kind: str  # "real", "binary" or "dynamic"; of a stream once its first minibatch was read
 
     def sizes(self, first_step: int, n_steps: int, samples: int | None = None) -> NDArray[np.int64]:
@@ -159,6 +161,7 @@ class ArraySource:
         self.kind = data.kind
         self.order = MinibatchOrder(len(data), batch_size, seed, order)
         self.count: int | None = len(data)
+        self.most_rows = min(batch_size, len(data)) if order == "shuffle" else batch_size
         self.note = data.note
 
     def sizes(self, first_step: int, n_steps: int, samples: int | None = None) -> NDArray[np.int64]:
@@ -197,6 +200,7 @@ class StreamSource:
     """
 
     steps_at_once = 20  # so many minibatches are on the device at a time
+    most_rows = 1000
 
     def __init__(
         self,
@@ -256,12 +260,16 @@ class StreamSource:
             row[: len(minibatch)] = np.arange(start, start + len(minibatch))
         return rows
 
+    @property
+    def data(self) -> Prepared:
+        assert self._on_device is not None
+        return self._on_device
+
     def prefetch(self, first_step: int, n_steps: int) -> None:
         pass  # batches are asked for when they are needed: a stream may be watched by whoever feeds it
 
     def batch(self, rows: Tensor, seed: Tensor) -> Tensor:
-        assert self._on_device is not None
-        x = self._on_device.batch(rows)
+        x = self.data.batch(rows)
         return binarise(x, uniform_words(x.shape, seed)) if self.kind == "dynamic" else x
 
     def datapoint(self, step: int, position: int) -> str:

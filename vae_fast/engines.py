@@ -1,7 +1,7 @@
 """Training engines: what carries out a run of training steps.
 
 ``reference`` is plain PyTorch. ``modules`` is the same program over the fused operators; on CUDA it becomes
-one graph per minibatch size. ``native`` is reserved for a training step in C++ and CUDA. All compute the same
+one graph per minibatch size. ``native`` is the whole step in C++ (:mod:`vae_fast.native`). All compute the same
 curve, because minibatches and noise are functions of (seed, step) alone.
 """
 
@@ -23,7 +23,8 @@ from .batches import Source
 from .estimators import BINARISE, ESTIMATORS, MODULES, NOISE, Estimate, step_seed, weights
 
 CHUNK_STEPS = {"cpu": 50, "cuda": 1000}  # the host looks at a training so often: a few times a second
-ENGINES = ("auto", "reference", "modules")  # and "native", which is reserved
+ENGINES = ("auto", "reference", "modules", "native")
+PRECISIONS = ("exact", "fast")
 
 
 class StepTerms(NamedTuple):
@@ -74,6 +75,7 @@ class Engine(Protocol):
     """Trains a model in place. The trainer asks for nothing else; how a step is done is its own affair."""
 
     name: str
+    chunk_steps: int  # the host looks at a training after so many steps, or fewer
     next_step: int  # the step that run() begins with; the trainer may set it
 
     def step(self, batch: Tensor, seed: int) -> StepTerms:
@@ -259,6 +261,7 @@ class AutogradEngine:
 
     def __init__(self, name: str, program: StepProgram, recorder: Recorder | None = None) -> None:
         self.name = name
+        self.chunk_steps = CHUNK_STEPS[program.device.type]
         self.next_step = 0
         self._program = program
         self._captured = None if recorder is None else CapturedProgram(program, recorder)
@@ -341,14 +344,13 @@ class AutogradEngine:
         return "the optimizer's update", math.nan, None
 
 
-def check_engine(name: str) -> None:
-    """Refuses an engine that is not in this version."""
-    if name == "native":
-        raise ValueError(
-            'engine: got "native", which is not in this version; wanted "auto", "modules" or "reference"'
-        )
-    if name not in ENGINES:
-        raise ValueError(f"engine: got {name!r}, wanted one of {', '.join(map(repr, ENGINES))}")
+def check_engine(name: str, precision: str = "exact") -> None:
+    """Refuses an engine or a precision that there is none of."""
+    for argument, got, wanted in (("engine", name, ENGINES), ("precision", precision, PRECISIONS)):
+        if got not in wanted:
+            raise ValueError(f"{argument}: got {got!r}, wanted one of {', '.join(map(repr, wanted))}")
+    if precision == "fast" and name in ("reference", "modules"):
+        raise ValueError(f"precision: got 'fast' with engine={name!r}, wanted 'exact': it has no other")
 
 
 def make_engine(
@@ -359,14 +361,30 @@ def make_engine(
     plan: Plan,
     device: torch.device,
     program_type: ProgramType = StepProgram,
+    precision: str = "exact",
 ) -> tuple[Engine, str]:
-    """An engine by name, and why this one. ``program_type`` makes the program of another algorithm's step."""
-    check_engine(name)
-    why = "asked for" if name != "auto" else "the fastest engine of this version, for any encoder and decoder"
-    ops = reference if name == "reference" else functional
-    program = program_type(ops, model, optimizer, source, plan, device)
+    """An engine by name, and why this one. ``program_type`` makes the program of another algorithm's step.
+
+    Raises:
+        ValueError: there is no such engine, or it was asked for and cannot take these steps.
+    """
+    from . import native  # which builds on this module
+
+    check_engine(name, precision)
+    program = program_type(reference if name == "reference" else functional, model, optimizer, source, plan, device)
     if name == "reference":
-        return AutogradEngine("reference", program), why
+        return AutogradEngine("reference", program), "asked for"
+    why = "asked for"
+    if name != "modules":
+        why_not = native.why_not(program)
+        if why_not is None:
+            engine = native.NativeEngine(program, precision)
+            return engine, f"{why if name == 'native' else 'the fastest engine for this model'}; {engine.note}"
+        if name == "native":
+            raise ValueError(f"engine: got 'native', but {why_not}; wanted 'modules' or 'auto'")
+        why = f"not native: {why_not}"
+        if precision == "fast":
+            why += "; precision='fast' is native's alone, so this is 'exact'"
     if device.type != "cuda":
         return AutogradEngine("modules", program), why
     if not _capturable(optimizer):

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import FrameType
 from typing import Any
 
@@ -30,7 +30,6 @@ from .batches import ORDERS, ArraySource, Source, StreamSource
 from .checkpoint import CheckpointError
 from .datasets import Prepared, is_stream, prepare
 from .engines import (
-    CHUNK_STEPS,
     Engine,
     Incident,
     Plan,
@@ -94,7 +93,7 @@ class HistoryRow:
 class History:
     """The rows of a training, oldest first."""
 
-    columns = tuple(field.name for field in fields(HistoryRow))
+    columns = tuple(column.name for column in fields(HistoryRow))
 
     def __init__(self, rows: Sequence[HistoryRow] = ()) -> None:
         self.rows = list(rows)
@@ -146,6 +145,7 @@ class Settings:
     order: str
     targets: str
     pixel_scale: float
+    precision: str = field(default="exact", kw_only=True)
 
     def __post_init__(self) -> None:
         _one_of("estimator", self.estimator, tuple(ESTIMATORS))
@@ -176,8 +176,11 @@ class Trainer:
         batch_size: M. With ``order="shuffle"`` the last minibatch of an epoch is as small as it must be, and
             counts.
         seed: of minibatches and noise (not of the model's initial values).
-        engine: "auto", "reference", "modules"; "native" is not in this version. ``engine_name`` and
-            ``engine_reason`` say which was taken and why, once ``fit`` has begun.
+        engine: "reference" (plain PyTorch), "modules" (the fused operators; any model), "native" (the whole step
+            in C++; the multi-layer perceptrons of :class:`vae_fast.VAE`), or "auto", the fastest that can take
+            the model. ``engine_name`` and ``engine_reason`` say which was taken and why, once ``fit`` has begun.
+        precision: of the native engine's matrix products. "exact" is float32; "fast" rounds their operands to
+            bfloat16 and adds in float32, which is another curve of the same quality.
         estimator: "sgvb_b", "sgvb_a", or the score function without and with a baseline, "score_function",
             "score_function_running", "score_function_leave_one_out" (for num_samples of 2 or more); see
             :mod:`vae_fast.estimators`. None: "sgvb_b", or "sgvb_a" for a posterior of your own whose
@@ -192,8 +195,8 @@ class Trainer:
         device: where to train; None leaves the model where it is.
         on_nan: what to do when a step is not finite. "stop" raises :class:`TrainingError`, and the parameters
             are those before that step; "skip" leaves out that step's update; "rollback" returns to the
-            parameters of the last look at them (at most 50 steps ago on a CPU, 1000 on a GPU) and goes on
-            after the bad step. Each names the term, the first bad datapoint and the step, in a warning and in
+            parameters of the last look at them (at most 50 steps ago on a CPU, 1000 on a GPU or with the native
+            engine) and goes on after the bad step. Each names the term, the first bad datapoint and the step, in a warning and in
             ``incidents``.
 
     Attributes:
@@ -211,6 +214,7 @@ class Trainer:
         batch_size: int = 100,
         seed: int = 0,
         engine: str = "auto",
+        precision: str = "exact",
         estimator: str | None = None,
         num_samples: int = 1,
         beta: float = 1.0,
@@ -221,7 +225,7 @@ class Trainer:
         device: torch.device | str | None = None,
         on_nan: str = "stop",
     ) -> None:
-        check_engine(engine)
+        check_engine(engine, precision)
         _one_of("on_nan", on_nan, ON_NAN)
         name = optimizer if isinstance(optimizer, str) else None
         if not isinstance(model, VAE):
@@ -242,6 +246,7 @@ class Trainer:
             order,
             targets,
             pixel_scale,
+            precision=precision,
         )
         check_estimator(estimator, model)
         self.device = _device(device, model)
@@ -313,7 +318,14 @@ class Trainer:
         s = self.settings
         plan = Plan(s.seed, s.estimator, s.num_samples, s.beta, s.weight_prior, self._estimator_state)
         engine, self.engine_reason = make_engine(
-            self.engine, self.model, self.optimizer, source, plan, self.device, self._program_type()
+            self.engine,
+            self.model,
+            self.optimizer,
+            source,
+            plan,
+            self.device,
+            self._program_type(),
+            s.precision,
         )
         self.engine_name = engine.name
         end = self.samples_seen + max_samples
@@ -332,7 +344,7 @@ class Trainer:
             said = False
             while self.samples_seen < end:
                 before, next_report = self.samples_seen, (self.samples_seen // every + 1) * every
-                n_steps = min(CHUNK_STEPS[self.device.type], source.steps_at_once)
+                n_steps = min(engine.chunk_steps, source.steps_at_once)
                 sizes = source.sizes(self.step_count, n_steps, min(end, next_report) - self.samples_seen)
                 if not said:
                     self._say(bar, source.note)
@@ -484,10 +496,9 @@ class Trainer:
         tensors, meta = state["tensors"], state["meta"]
         ours, theirs = asdict(self.settings), meta["settings"]
         for name, value in ours.items():
-            if theirs[name] != value:
-                raise ValueError(
-                    f"{name}: this trainer has {value!r}, the saved one {theirs[name]!r}; wanted the same"
-                )
+            saved = theirs.get(name, "exact" if name == "precision" else None)  # older ones had no other
+            if saved != value:
+                raise ValueError(f"{name}: this trainer has {value!r}, the saved one {saved!r}; wanted the same")
         optimizer = meta["optimizer"]
         kind = type(self.optimizer).__name__
         if optimizer["class"] != kind:

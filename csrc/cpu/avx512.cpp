@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <vector>
 
 // In the source, not on the command line: every build system then compiles it alike. To the end of the file, because
 // templates are instantiated there; the standard headers stand above, outside of it.
@@ -14,4 +16,5 @@
 #define VAE_FAST_CAPABILITY avx512
 #define VAE_FAST_VECTOR_BYTES 64
 #include "kernels.inl"
+#include "training.inl"
 #endif

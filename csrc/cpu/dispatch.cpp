@@ -1,28 +1,35 @@
 // Chooses the instruction set once per process and shares a launch among torch's threads.
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "../kernels.h"
 #include "instruction_sets.h"
+#include "training.h"
 
 namespace vae_fast {
 namespace cpu {
 
 #define VAE_FAST_DECLARE(Args) void run(const Args& args, int64_t begin, int64_t end);
+#define VAE_FAST_DECLARE_ALL                 \
+  VAE_FAST_FOR_EACH_KERNEL(VAE_FAST_DECLARE) \
+  VAE_FAST_FOR_EACH_PART(VAE_FAST_DECLARE)   \
+  TileShape tile_shape();
 namespace plain {
-VAE_FAST_FOR_EACH_KERNEL(VAE_FAST_DECLARE)
+VAE_FAST_DECLARE_ALL
 }
 #if VAE_FAST_X86_BUILDS
 namespace avx2 {
-VAE_FAST_FOR_EACH_KERNEL(VAE_FAST_DECLARE)
+VAE_FAST_DECLARE_ALL
 }
 namespace avx512 {
-VAE_FAST_FOR_EACH_KERNEL(VAE_FAST_DECLARE)
+VAE_FAST_DECLARE_ALL
 }
 #endif
+#undef VAE_FAST_DECLARE_ALL
 #undef VAE_FAST_DECLARE
 
 namespace {
@@ -63,12 +70,18 @@ Capability current() {
 }
 
 template <class Args>
-void share(const Args& args, int64_t items, int64_t item_size) {
+auto runner() {
   void (*run)(const Args&, int64_t, int64_t) = plain::run;
 #if VAE_FAST_X86_BUILDS
   if (current() == Capability::avx2) run = avx2::run;
   if (current() == Capability::avx512) run = avx512::run;
 #endif
+  return run;
+}
+
+template <class Args>
+void share(const Args& args, int64_t items, int64_t item_size) {
+  const auto run = runner<Args>();
   constexpr int64_t kGrain = 8192;  // elements: some microseconds of work, what a thread's wake-up costs
   const int64_t grain = item_size >= kGrain ? 1 : kGrain / (item_size > 0 ? item_size : 1);
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { run(args, begin, end); });
@@ -107,6 +120,58 @@ VAE_FAST_SHARE_ELEMENTS(ReparameterizeDoubleBackward)
 VAE_FAST_SHARE_ELEMENTS(BernoulliBackward)
 
 void launch(const PhiloxNormal& a) { share(a, a.count, 1); }
+
+TileShape tile() {
+#if VAE_FAST_X86_BUILDS
+  if (current() == Capability::avx2) return avx2::tile_shape();
+  if (current() == Capability::avx512) return avx512::tile_shape();
+#endif
+  return plain::tile_shape();
+}
+
+namespace {
+
+// What a product of so many rows and inputs costs in one panel, in elements of an operator
+int64_t panel_cost(int64_t rows, int64_t inputs) { return rows * inputs * tile().panel / 64; }
+int64_t blocks(int64_t rows) { return (rows + tile().block - 1) / tile().block; }
+
+}  // namespace
+
+void launch(const Gather& a) { share(a, a.batch, a.dynamic ? 8 * a.cols : a.cols); }
+void launch(const Forward& a) {
+  share(a, blocks(a.rows) * a.panels, panel_cost(std::min(a.rows, tile().block), a.inputs));
+}
+void launch(const GaussianLoss& a) { share(a, a.rows, 4 * a.cols); }
+void launch(const LatentForward& a) { share(a, a.batch, 2 * a.samples * a.latent); }
+void launch(const LatentBackward& a) { share(a, a.batch, 2 * a.samples * a.latent); }
+void launch(const InputGradient& a) {
+  const int64_t in_panels = (a.inputs + tile().panel - 1) / tile().panel;
+  share(a, blocks(a.rows) * in_panels, panel_cost(std::min(a.rows, tile().block), a.panels * tile().panel));
+}
+
+// All panels of all layers stand in one line, which is cut into a piece of equal cost for each thread.
+void launch(const WeightGradient* parts, int count) {
+  const auto run = runner<WeightGradient>();
+  const auto cost = [](const WeightGradient& a) { return 1 + panel_cost(a.rows + 20, a.inputs); };  // 20: the update
+  int64_t total = 0;
+  for (int i = 0; i < count; ++i) total += parts[i].panels * cost(parts[i]);
+  const int64_t threads =
+      at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), 1 + total / (4 * 8192));
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const int64_t from = total * first / threads, to = total * last / threads;
+    int64_t before = 0;
+    for (int i = 0; i < count; ++i) {
+      // A panel belongs to the thread in whose piece it begins.
+      const auto panels_before = [&](int64_t place) {
+        const int64_t panels = (place - before + cost(parts[i]) - 1) / cost(parts[i]);
+        return std::clamp<int64_t>(place <= before ? 0 : panels, 0, parts[i].panels);
+      };
+      const int64_t begin = panels_before(from), end = panels_before(to);
+      if (begin < end) run(parts[i], begin, end);
+      before += parts[i].panels * cost(parts[i]);
+    }
+  });
+}
 
 }  // namespace cpu
 }  // namespace vae_fast

@@ -2,6 +2,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <vector>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -9,3 +11,4 @@
 #define VAE_FAST_CAPABILITY plain
 #define VAE_FAST_VECTOR_BYTES 16
 #include "kernels.inl"
+#include "training.inl"

@@ -1,0 +1,85 @@
+// Matrix products of the training step, on tiles of kTileRows x kPanel elements that stay in registers. Included by
+// the file of each instruction set, after kernels.inl.
+//
+// Weights live in panels: kPanel outputs side by side, one row of them for every input, so that a tile reads them in
+// order. All other operands are row-major with a leading dimension, and are read where they lie.
+#pragma once
+
+namespace vae_fast {
+namespace cpu {
+namespace VAE_FAST_CAPABILITY {
+namespace {
+
+// Registers: kTileRows x 2 sums, two vectors of the panel and one element of the other operand.
+#if VAE_FAST_VECTOR_BYTES == 64
+constexpr int kTileRows = 10;
+#elif VAE_FAST_VECTOR_BYTES == 32
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kPanel = 2 * kLanes;
+
+VAE_FAST_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+// A sum of `depth` terms in equal parts of at most `most`: body(first, count), each but the last a multiple of `unit`.
+template <class Body>
+VAE_FAST_INLINE void in_parts(int64_t depth, int64_t most, int64_t unit, Body body) {
+  const int64_t parts = depth <= most ? 1 : (depth + most - 1) / most;
+  const int64_t size = round_up((depth + parts - 1) / parts, unit);
+  for (int64_t k = 0; k < depth; k += size) body(k, min(size, depth - k));
+}
+
+// Every lane the same. (VF{} + a is an addition, which -0 must be let through.)
+VAE_FAST_INLINE VF in_every_lane(float a) {
+#if VAE_FAST_VECTOR_BYTES == 64
+  return (VF)_mm512_set1_ps(a);
+#elif VAE_FAST_VECTOR_BYTES == 32
+  return (VF)_mm256_set1_ps(a);
+#else
+  return VF{a, a, a, a};
+#endif
+}
+
+struct Tile {
+  VF sum[kTileRows][2];
+  VAE_FAST_INLINE void zero() {
+    for (auto& row : sum) row[0] = row[1] = VF{};
+  }
+  VAE_FAST_INLINE void load(const float* from, int64_t ld) {
+    for (int i = 0; i < kTileRows; ++i)
+      for (int j = 0; j < 2; ++j) sum[i][j] = to_floats(from + i * ld + j * kLanes);
+  }
+  VAE_FAST_INLINE void store(float* to, int64_t ld) const {
+    for (int i = 0; i < kTileRows; ++i)
+      for (int j = 0; j < 2; ++j) from_floats(to + i * ld + j * kLanes, sum[i][j]);
+  }
+};
+
+// tile[i, :] += sum_k a[i, k] b[k, :]. Of a, either the rows i lie side by side (kAcross) and k strides by ld_a, or the
+// other way round.
+template <bool kAcross>
+VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t ld_b, int64_t depth) {
+  VF sum[kTileRows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i) sum[i][0] = tile.sum[i][0], sum[i][1] = tile.sum[i][1];
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k) {
+    const VF b0 = to_floats(b), b1 = to_floats(b + kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+      const VF left = in_every_lane(kAcross ? a[i] : a[i * ld_a]);
+      sum[i][0] = Math<VF>::fma(left, b0, sum[i][0]);
+      sum[i][1] = Math<VF>::fma(left, b1, sum[i][1]);
+    }
+    a += kAcross ? ld_a : 1;
+    b += ld_b;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i) tile.sum[i][0] = sum[i][0], tile.sum[i][1] = sum[i][1];
+}
+
+}  // namespace
+}  // namespace VAE_FAST_CAPABILITY
+}  // namespace cpu
+}  // namespace vae_fast

@@ -1,0 +1,140 @@
+// The parts of a training step on a CPU, in the order in which a step runs them (engine/cpu_step.cpp). Plain pointers and
+// sizes. A Matrix is row-major, its rows `ld` floats apart.
+//
+// Weights, and what an optimizer keeps of them, lie in panels of tile().panel outputs: for each input a row of them, so
+// that element (input k, output n) is [n / panel][k][n % panel], with round_up(inputs, panel) rows to a panel. Columns
+// that only fill a panel or a matrix up are zero and stay so; rows of a matrix that fill up a tile hold anything.
+#pragma once
+
+#include "../engine/network.h"
+#include "../kernels.h"
+
+namespace vae_fast::cpu {
+
+using engine::Activation;
+using engine::OptimizerKind;
+
+struct Matrix {
+  float* data;
+  int64_t ld;
+};
+
+enum class Epilogue : int8_t { none, tanh, relu, bernoulli };
+
+struct TileShape {
+  int64_t rows, panel;
+  int64_t block;  // a product's rows are cut into so many at a time
+  int64_t depth;
+};
+TileShape tile();  // of the instruction set in use
+
+// x[b, :] = values[rows[b], :] * scale, or draws from Bernoulli of that; `operand`, if it is another matrix, the same
+// rounded to bfloat16
+struct Gather {
+  DType dtype;  // u8, f32 or bits
+  bool dynamic;
+  float scale;
+  int64_t batch, cols;
+  uint64_t seed;
+  const void* values;
+  const int64_t* rows;  // [batch]
+  Matrix x, operand;    // [batch, cols]
+};
+
+// out = epilogue(in W + bias). With bernoulli, out[r, :] = scale (sigmoid(l) - x[r mod x_rows, :]) of the logits l, which is
+// the gradient of -scale log p(x|z), and log_likelihood[p] = sum_r log p(x|z) over the columns of panel p.
+struct Forward {
+  Epilogue epilogue;
+  bool fast;
+  int64_t rows, inputs, outputs, panels;
+  Matrix in;
+  const float* weight;
+  const float* bias;  // [panels * panel]
+  Matrix out;
+  Matrix x;
+  int64_t x_rows;
+  float scale;
+  double* log_likelihood;  // [panels]
+};
+
+// In place of (mean, logvar): the gradients of -scale log N(x; mean, exp(logvar)), times that of the sigmoid if the mean
+// went through one; log_likelihood[r] its sum over a row. logvar starts `half` columns after mean.
+struct GaussianLoss {
+  bool sigmoid_mean, fast;
+  int64_t rows, cols, half, x_rows;
+  Matrix outputs, x;
+  float scale;
+  double* log_likelihood;  // [rows]
+};
+
+// z[l batch + b, :] = mu + exp(logvar / 2) eps, kl[b] = KL(q || p), or SGVB-A's estimate of it; `half` as above
+struct LatentForward {
+  bool estimated_kl, fast;
+  int64_t batch, latent, half, samples;
+  Matrix heads;      // [batch, mu and logvar]
+  const float* eps;  // [samples, batch, latent]
+  Matrix z;
+  double* kl;  // [batch]
+};
+
+// In place of (mu, logvar) their gradients, from those of z and kl_scale times that of kl.
+struct LatentBackward {
+  bool estimated_kl, fast;
+  int64_t batch, latent, half, samples;
+  Matrix heads;
+  const float* eps;
+  Matrix z, grad_z;
+  float kl_scale;  // beta / batch
+};
+
+// grad_in = (grad_out W^T) * the activation's derivative at its value `in`, if there is one
+struct InputGradient {
+  Epilogue activation;  // none, tanh or relu
+  bool fast;
+  int64_t rows, inputs, panels;
+  Matrix grad_out;
+  const float* weight;
+  Matrix in, grad_in;
+};
+
+// What an update needs besides the gradient, of step number t
+struct Update {
+  OptimizerKind kind;
+  bool moves;       // not in adagrad's accumulate-only start
+  float rate, eps;  // see math/optimizer.h
+  float beta1_rest, beta2, beta2_rest, root;
+  float momentum;
+  float decay;   // added to the gradient, times w
+  float shrink;  // w is multiplied by it first: adamw
+};
+
+// grad W = in^T grad_out, grad bias = sum_r grad_out, and the update of both. The gradients are never stored, but for
+// their sums over the rows so far where there are more than tile().depth rows.
+struct WeightGradient {
+  bool fast;
+  int64_t rows, inputs, outputs, panels;
+  Matrix in, grad_out;
+  Update update;
+  float prior;  // 1/N of the weight prior, for weights alone
+  float *weight, *bias;
+  float *state[2], *bias_state[2];
+  float* operand;  // fast: the weights rounded to bfloat16, which the products read; or null
+  float* sums;     // [panels * (round_up(inputs, panel) + tile().rows) * panel], or null for no more than so many rows
+};
+
+#define VAE_FAST_FOR_EACH_PART(DO) \
+  DO(Gather)                       \
+  DO(Forward)                      \
+  DO(GaussianLoss)                 \
+  DO(LatentForward)                \
+  DO(LatentBackward)               \
+  DO(InputGradient)                \
+  DO(WeightGradient)
+
+// Shared among torch's threads.
+#define VAE_FAST_DECLARE(Part) void launch(const Part& part);
+VAE_FAST_FOR_EACH_PART(VAE_FAST_DECLARE)
+#undef VAE_FAST_DECLARE
+void launch(const WeightGradient* parts, int count);  // of several layers at once
+
+}  // namespace vae_fast::cpu

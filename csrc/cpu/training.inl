@@ -1,0 +1,336 @@
+// The parts of a training step (training.h): the products of matmul.inl with everything between them in their
+// epilogues. Included by the file of each instruction set.
+//
+// One owner per sum, in an order that depends on the shapes alone: not on the number of threads.
+#include "../math/activation.h"
+#include "../math/optimizer.h"
+#include "matmul.inl"
+#include "training.h"
+
+namespace vae_fast {
+namespace cpu {
+namespace VAE_FAST_CAPABILITY {
+namespace {
+
+// Rows of a product at a time: so many of the left operand stay in the second-level cache while all panels pass.
+constexpr int64_t kRowBlock = 120;  // a multiple of every tile's rows
+constexpr int64_t kForwardDepth = 1024, kInputDepth = 512, kRowDepth = 256;  // terms of a sum before it is stored
+static_assert(kRowBlock % kTileRows == 0);
+
+// The nearest bfloat16, as a float: what a matrix unit would read
+VAE_FAST_INLINE VF to_bfloat16(VF v) {
+  const VU u = (VU)v;
+  return v != v ? v : (VF)((u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u);
+}
+VAE_FAST_INLINE VF rounded(VF v, bool fast) { return fast ? to_bfloat16(v) : v; }
+
+VAE_FAST_INLINE float* at(Matrix m, int64_t row, int64_t column) { return m.data + row * m.ld + column; }
+
+// --- the minibatch ---------------------------------------------------------------------------------------------------
+
+// high32(splitmix64(seed + (i + 1) golden)): the words of vae_fast/batches.py
+VAE_FAST_INLINE uint32_t uniform_word(uint64_t seed, uint64_t i) {
+  uint64_t s = seed + (i + 1) * 0x9E3779B97F4A7C15ull;
+  s = (s ^ (s >> 30)) * 0xBF58476D1CE4E5B9ull;
+  s = (s ^ (s >> 27)) * 0x94D049BB133111EBull;
+  return static_cast<uint32_t>((s ^ (s >> 31)) >> 32);
+}
+
+template <class X>
+void gather(const Gather& a, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
+    const auto values = target_row(static_cast<const X*>(a.values), a.rows[b], a.cols);
+    float* x = at(a.x, b, 0);
+    for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t n) {
+      Memory<VF>::store(x + c, Memory<VF>::load(values + c, n) * a.scale, n);
+    });
+    if (a.dynamic)
+      for (int64_t c = 0; c < a.cols; ++c)
+        x[c] = uniform_word(a.seed, static_cast<uint64_t>(b * a.cols + c)) < static_cast<double>(x[c]) * 0x1p32 ? 1 : 0;
+    if (a.operand.data != a.x.data)
+      for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t n) {
+        Memory<VF>::store(at(a.operand, b, c), to_bfloat16(Memory<VF>::load(x + c, n)), n);
+      });
+  }
+}
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+// The gradient in the logits of a tile and, returned, its log-likelihood
+VAE_FAST_INLINE double bernoulli_epilogue(const Forward& a, const Tile& tile, int64_t row, int64_t column) {
+  double total = 0;
+  const int64_t rows = min(kTileRows, a.rows - row);
+  for (int j = 0; j < 2; ++j, column += kLanes) {
+    const int64_t n = a.outputs - column;
+    if (n <= 0) {
+      for (int64_t i = 0; i < rows; ++i) from_floats(at(a.out, row + i, column), VF{});
+      continue;
+    }
+    const VF bias = to_floats(a.bias + column);
+    for (int64_t i = 0; i < rows;) {
+      BernoulliSum<VF> sum;
+      for (const int64_t last = min(rows, i + sum.kMost); i < last; ++i) {
+        const VF l = tile.sum[i][j] + bias, x = to_floats(at(a.x, (row + i) % a.x_rows, column));
+        const VF t = bernoulli_odds(l);
+        sum.add(l, x, t);
+        const VF grad = rounded(in_every_lane(-a.scale) * bernoulli_grad_logit(l, x, t), a.fast);
+        from_floats(at(a.out, row + i, column), Memory<VF>::keep(grad, n));
+      }
+      total += Memory<VF>::sum(Memory<VF>::keep(sum.log_likelihood(), n));
+    }
+  }
+  return total;
+}
+
+VAE_FAST_INLINE void activation_epilogue(const Forward& a, const Tile& tile, int64_t row, int64_t column) {
+  for (int i = 0; i < kTileRows; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      const int64_t c = column + j * kLanes;
+      VF v = tile.sum[i][j] + to_floats(a.bias + c);
+      if (a.epilogue == Epilogue::tanh) v = rounded(tanh_by_exponent(v), a.fast);
+      if (a.epilogue == Epilogue::relu) v = rounded(relu(v), a.fast);
+      from_floats(at(a.out, row + i, c), v);
+    }
+  }
+}
+
+void run_part(const Forward& a, int64_t begin, int64_t end) {
+  const int64_t panel_rows = round_up(a.inputs, kPanel);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item / a.panels * kRowBlock, last = min(a.rows, first + kRowBlock);
+    const int64_t p = item % a.panels;
+    const float* panel = a.weight + p * panel_rows * kPanel;
+    double log_likelihood = 0;
+    in_parts(a.inputs, kForwardDepth, 1, [&](int64_t k, int64_t depth) {
+      for (int64_t row = first; row < last; row += kTileRows) {
+        Tile tile;
+        k == 0 ? tile.zero() : tile.load(at(a.out, row, p * kPanel), a.out.ld);
+        multiply<false>(tile, at(a.in, row, k), a.in.ld, panel + k * kPanel, kPanel, depth);
+        if (k + depth < a.inputs) {
+          tile.store(at(a.out, row, p * kPanel), a.out.ld);
+        } else if (a.epilogue == Epilogue::bernoulli) {
+          log_likelihood += bernoulli_epilogue(a, tile, row, p * kPanel);
+        } else {
+          activation_epilogue(a, tile, row, p * kPanel);
+        }
+      }
+    });
+    if (a.log_likelihood) a.log_likelihood[item] = log_likelihood;
+  }
+}
+
+void run_part(const GaussianLoss& a, int64_t begin, int64_t end) {
+  using M = Memory<VF>;
+  for (int64_t r = begin; r < end; ++r) {
+    float *mean = at(a.outputs, r, 0), *logvar = at(a.outputs, r, a.half);
+    const float* x = at(a.x, r % a.x_rows, 0);
+    a.log_likelihood[r] = row_sum<VF>(a.cols, [&](int64_t c, int64_t n) {
+      VF m = M::load(mean + c, n), lv = M::load(logvar + c, n), derivative = constant<VF>(1.0);
+      if (a.sigmoid_mean) {
+        const VF t = Math<VF>::exp_nonpositive(Math<VF>::minus_abs(m)), lower = t / (constant<VF>(1.0) + t);
+        m = m > VF{} ? constant<VF>(1.0) - lower : lower;
+        derivative = m * (constant<VF>(1.0) - m);
+      }
+      const GaussianResidual<VF> residual(m, lv, M::load(x + c, n));
+      const VF scale = in_every_lane(-a.scale);
+      M::store(mean + c, rounded(scale * residual.grad_mean() * derivative, a.fast), n);
+      M::store(logvar + c, rounded(scale * residual.grad_logvar(), a.fast), n);
+      return residual.log_likelihood(lv);
+    });
+  }
+}
+
+// --- the latent variables --------------------------------------------------------------------------------------------
+
+void run_part(const LatentForward& a, int64_t begin, int64_t end) {
+  using M = Memory<VF>;
+  for (int64_t b = begin; b < end; ++b) {
+    const float *mu = at(a.heads, b, 0), *logvar = at(a.heads, b, a.half);
+    a.kl[b] = row_sum<VF>(a.latent, [&](int64_t c, int64_t n) {
+      const VF m = M::load(mu + c, n), lv = M::load(logvar + c, n);
+      VF squares{};
+      for (int64_t s = 0; s < a.samples; ++s) {
+        const int64_t row = s * a.batch + b;
+        const VF eps = M::load(a.eps + row * a.latent + c, n), z = reparameterize(m, lv, eps);
+        M::store(at(a.z, row, c), rounded(z, a.fast), n);
+        squares = squares + (z * z - eps * eps);
+      }
+      if (!a.estimated_kl) return gaussian_kl(m, lv);
+      return constant<VF>(0.5) * (squares / constant<VF>(static_cast<double>(a.samples)) - lv);
+    });
+  }
+}
+
+void run_part(const LatentBackward& a, int64_t begin, int64_t end) {
+  using M = Memory<VF>;
+  const VF scale = in_every_lane(a.kl_scale);
+  const VF share = scale / constant<VF>(static_cast<double>(a.samples));
+  for (int64_t b = begin; b < end; ++b) {
+    float *mu = at(a.heads, b, 0), *logvar = at(a.heads, b, a.half);
+    for_each_vector<VF>(0, a.latent, [&](int64_t c, int64_t n) {
+      const VF m = M::load(mu + c, n), lv = M::load(logvar + c, n), half_deviation = constant<VF>(0.5) *
+                                                                                     standard_deviation(lv);
+      VF sum{}, weighted{};
+      for (int64_t s = 0; s < a.samples; ++s) {
+        const int64_t row = s * a.batch + b;
+        const VF eps = M::load(a.eps + row * a.latent + c, n);
+        VF grad = M::load(at(a.grad_z, row, c), n);
+        if (a.estimated_kl) grad = grad + share * M::load(at(a.z, row, c), n);
+        sum = sum + grad;
+        weighted = Math<VF>::fma(grad, eps, weighted);
+      }
+      VF to_mu = sum, to_logvar = half_deviation * weighted;
+      if (a.estimated_kl) {
+        to_logvar = to_logvar - constant<VF>(0.5) * scale;
+      } else {
+        to_mu = Math<VF>::fma(scale, m, to_mu);
+        to_logvar = Math<VF>::fma(scale, gaussian_kl_grad_logvar(lv), to_logvar);
+      }
+      M::store(mu + c, rounded(to_mu, a.fast), n);
+      M::store(logvar + c, rounded(to_logvar, a.fast), n);
+    });
+  }
+}
+
+// --- backward --------------------------------------------------------------------------------------------------------
+
+typedef float Quad __attribute__((vector_size(16)));
+
+// to[n][k] = from[k][n], 4 x 4 elements
+VAE_FAST_INLINE void transpose4(const float* from, float* to) {
+  Quad r[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], from + i * kPanel, sizeof r[i]);
+  typedef int32_t Order __attribute__((vector_size(16)));
+  const Quad a = __builtin_shuffle(r[0], r[1], Order{0, 4, 1, 5}), b = __builtin_shuffle(r[2], r[3], Order{0, 4, 1, 5});
+  const Quad c = __builtin_shuffle(r[0], r[1], Order{2, 6, 3, 7}), d = __builtin_shuffle(r[2], r[3], Order{2, 6, 3, 7});
+  r[0] = __builtin_shuffle(a, b, Order{0, 1, 4, 5}), r[1] = __builtin_shuffle(a, b, Order{2, 3, 6, 7});
+  r[2] = __builtin_shuffle(c, d, Order{0, 1, 4, 5}), r[3] = __builtin_shuffle(c, d, Order{2, 3, 6, 7});
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * kPanel, &r[i], sizeof r[i]);
+}
+
+void run_part(const InputGradient& a, int64_t begin, int64_t end) {
+  const int64_t panel_rows = round_up(a.inputs, kPanel), in_panels = panel_rows / kPanel;
+  alignas(64) float part[kInputDepth * kPanel];  // of W^T: outputs down, kPanel inputs across
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item / in_panels * kRowBlock, last = min(a.rows, first + kRowBlock);
+    const int64_t column = item % in_panels * kPanel, outputs = a.panels * kPanel;
+    in_parts(outputs, kInputDepth, kPanel, [&](int64_t n, int64_t depth) {
+      for (int64_t i = 0; i < depth; i += kPanel) {
+        const float* square = a.weight + (n + i) * panel_rows + column * kPanel;
+        for (int64_t down = 0; down < kPanel; down += 4)
+          for (int64_t across = 0; across < kPanel; across += 4)
+            transpose4(square + across * kPanel + down, part + (i + down) * kPanel + across);
+      }
+      for (int64_t row = first; row < last; row += kTileRows) {
+        float* to = at(a.grad_in, row, column);
+        Tile tile;
+        n == 0 ? tile.zero() : tile.load(to, a.grad_in.ld);
+        multiply<false>(tile, at(a.grad_out, row, n), a.grad_out.ld, part, kPanel, depth);
+        if (n + depth == outputs && a.activation != Epilogue::none) {
+          for (int i = 0; i < kTileRows; ++i) {
+            for (int j = 0; j < 2; ++j) {
+              const VF h = to_floats(at(a.in, row + i, column + j * kLanes));
+              const VF slope = a.activation == Epilogue::tanh ? tanh_derivative(h) : relu_derivative(h);
+              tile.sum[i][j] = rounded(tile.sum[i][j] * slope, a.fast);
+            }
+          }
+        }
+        tile.store(to, a.grad_in.ld);
+      }
+    });
+  }
+}
+
+// The optimizer on one vector of parameters
+VAE_FAST_INLINE void update(const Update& u, float prior, VF g, float* weight, float* first, float* second,
+                            float* operand) {
+  VF w = to_floats(weight);
+  g = Math<VF>::fma(in_every_lane(prior), w, g);
+  switch (u.kind) {
+    case OptimizerKind::sgd: {
+      g = Math<VF>::fma(in_every_lane(u.decay), w, g);
+      VF m = first ? to_floats(first) : VF{};
+      w = sgd_update(w, g, m, u.momentum, u.rate);
+      if (first) from_floats(first, m);
+      break;
+    }
+    case OptimizerKind::adagrad: {
+      VF sum = to_floats(first);
+      const VF moved = adagrad_update(w, g, sum, u.rate, u.eps);
+      if (u.moves) w = moved;
+      from_floats(first, sum);
+      break;
+    }
+    case OptimizerKind::adam:
+    case OptimizerKind::adamw: {
+      g = Math<VF>::fma(in_every_lane(u.decay), w, g);
+      VF m = to_floats(first), v = to_floats(second);
+      w = adam_update(w * u.shrink, g, m, v, u.beta1_rest, u.beta2, u.beta2_rest, u.rate, u.root, u.eps);
+      from_floats(first, m);
+      from_floats(second, v);
+      break;
+    }
+  }
+  from_floats(weight, w);
+  if (operand) from_floats(operand, to_bfloat16(w));
+}
+
+VAE_FAST_INLINE float* plus(float* p, int64_t offset) { return p ? p + offset : nullptr; }
+
+void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
+  const int64_t panel_rows = round_up(a.inputs, kPanel);
+  alignas(64) float grad_out[kRowDepth * kPanel];  // a panel's columns of it, side by side
+  in_parts(a.rows, kRowDepth, 1, [&](int64_t row, int64_t depth) {
+    for (int64_t p = begin; p < end; ++p) {
+      for (int64_t i = 0; i < depth; ++i)
+        __builtin_memcpy(grad_out + i * kPanel, at(a.grad_out, row + i, p * kPanel), sizeof(float) * kPanel);
+      float* sum = plus(a.sums, p * (panel_rows + kTileRows) * kPanel);
+      float* bias_sum = plus(sum, (panel_rows + kTileRows - 1) * kPanel);
+      const bool last = row + depth == a.rows;
+      for (int64_t k = 0; k < a.inputs; k += kTileRows) {
+        Tile tile;
+        row == 0 ? tile.zero() : tile.load(sum + k * kPanel, kPanel);
+        multiply<true>(tile, at(a.in, row, k), a.in.ld, grad_out, kPanel, depth);
+        if (!last) {
+          tile.store(sum + k * kPanel, kPanel);
+          continue;
+        }
+        for (int64_t i = 0; i < min(kTileRows, a.inputs - k); ++i) {
+          for (int j = 0; j < 2; ++j) {
+            const int64_t at = (p * panel_rows + k + i) * kPanel + j * kLanes;
+            update(a.update, a.prior, tile.sum[i][j], a.weight + at, plus(a.state[0], at), plus(a.state[1], at),
+                   plus(a.operand, at));
+          }
+        }
+      }
+      for (int j = 0; j < 2; ++j) {
+        VF g = row == 0 ? VF{} : to_floats(bias_sum + j * kLanes);
+        for (int64_t i = 0; i < depth; ++i) g = g + to_floats(grad_out + i * kPanel + j * kLanes);
+        const int64_t at = p * kPanel + j * kLanes;
+        if (last)
+          update(a.update, 0, g, a.bias + at, plus(a.bias_state[0], at), plus(a.bias_state[1], at), nullptr);
+        else
+          from_floats(bias_sum + j * kLanes, g);
+      }
+    }
+  });
+}
+
+void run_part(const Gather& a, int64_t begin, int64_t end) {
+  if (a.dtype == DType::bits) return gather<Bits>(a, begin, end);
+  if (a.dtype == DType::u8) return gather<uint8_t>(a, begin, end);
+  gather<float>(a, begin, end);
+}
+
+}  // namespace
+
+TileShape tile_shape() { return {kTileRows, kPanel, kRowBlock, kRowDepth}; }
+
+#define VAE_FAST_DEFINE(Part) \
+  void run(const Part& part, int64_t begin, int64_t end) { run_part(part, begin, end); }
+VAE_FAST_FOR_EACH_PART(VAE_FAST_DEFINE)
+#undef VAE_FAST_DEFINE
+
+}  // namespace VAE_FAST_CAPABILITY
+}  // namespace cpu
+}  // namespace vae_fast

@@ -1,0 +1,98 @@
+// The native training step on a CPU: algorithm 1 of the paper (Kingma & Welling, arXiv:1312.6114) for multi-layer
+// perceptrons, in the parts of cpu/training.h. No torch tensors here; what is allocated is kept from step to step.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../cpu/training.h"
+#include "network.h"
+
+namespace vae_fast::engine {
+
+// Zeros, on a cache line; grows only, and forgets what it held when it does.
+class Buffer {
+ public:
+  float* at_least(size_t count) {
+    if (count > count_) {
+      const size_t bytes = (count * sizeof(float) + 63) / 64 * 64;
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+      if (!memory_) throw std::bad_alloc();
+      count_ = count;
+      clear();
+    }
+    return memory_.get();
+  }
+  void clear() {
+    if (count_) std::memset(memory_.get(), 0, count_ * sizeof(float));
+  }
+  float* data() { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  size_t count_ = 0;
+};
+
+// A parameter and what the optimizer keeps of it, as torch has them: contiguous, of the parameter's shape.
+struct Parameter {
+  float* value;
+  float* state[2];
+};
+
+// The steps of one run, in order: minibatch s is rows[s * width .. + sizes[s]], its seeds are seeds[2 s] (noise) and
+// seeds[2 s + 1] (binarising).
+struct Steps {
+  int64_t count, width;
+  const int64_t *rows, *sizes, *seeds;
+  int64_t updates_before;  // how many updates the optimizer has made
+};
+
+class CpuStep {
+ public:
+  CpuStep(const Network& network, const Objective& objective, Precision precision);
+
+  // Takes the parameters, trains, and puts them back; writes one Terms per step.
+  void run(const std::vector<Parameter>& parameters, const Optimizer& optimizer, const Data& data, const Steps& steps,
+           Terms* terms);
+
+  // {outputs, inputs} of each weight, in the order of the parameters (network.h)
+  std::vector<std::pair<int64_t, int64_t>> weight_shapes() const;
+
+ private:
+  // One matrix product: the layers that share an input (mu and logvar, mean and logvar) stand side by side.
+  struct Layer {
+    int64_t inputs;
+    std::vector<int64_t> groups;  // outputs of each
+    int64_t panels = 0;
+    cpu::Epilogue epilogue;
+    Buffer weight, bias, state[2], bias_state[2], operand, sums, output, gradient;
+    cpu::Matrix in{}, out{}, grad_out{};
+  };
+
+  void exchange(const std::vector<Parameter>& parameters, const Optimizer& optimizer, bool import);
+  void reserve(int64_t batch);
+  cpu::Matrix matrix(Buffer& buffer, int64_t rows, int64_t columns) const;
+  const float* operand(Layer& layer) { return fast_ ? layer.operand.data() : layer.weight.data(); }
+  Terms step(const Data& data, const int64_t* rows, int64_t batch, const int64_t* seeds, const Optimizer& optimizer,
+             int64_t update);
+
+  Network network_;
+  Objective objective_;
+  bool fast_;
+  cpu::TileShape tile_;
+  std::vector<Layer> layers_;  // the encoder's hidden ones, the heads, the decoder's hidden ones, the outputs
+  size_t heads_;               // which one that is
+  int64_t batch_ = 0;          // what there is room for
+  Buffer x_, x_operand_, eps_, z_, grad_z_;
+  cpu::Matrix exact_x_{};
+  std::vector<cpu::WeightGradient> updates_;
+  std::vector<double> log_likelihood_, kl_;
+};
+
+}  // namespace vae_fast::engine
