@@ -1,6 +1,7 @@
 // The Python module vae_fast._C. Importing it registers the operators of ops.cpp; what it holds itself is what is no
 // operator: facts about the build, and the native engine, which has a state.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -55,7 +56,22 @@ Optimizer optimizer_of(const std::string& kind, const py::dict& numbers) {
   return o;
 }
 
-at::Tensor run(CpuStep& step, const std::vector<at::Tensor>& parameters,
+// Some steps of one model, checked and ready to be run; holds what they read and write.
+struct Run {
+  CpuStep* step;
+  std::vector<at::Tensor> held;
+  std::vector<Parameter> parameters;
+  Optimizer optimizer;
+  Data data;
+  Steps steps;
+  at::Tensor terms;
+  void operator()() const {
+    step->run(parameters, optimizer, data, steps, reinterpret_cast<Terms*>(terms.data_ptr<float>()));
+  }
+};
+static_assert(sizeof(Terms) == 3 * sizeof(float));
+
+Run prepare(CpuStep& step, const std::vector<at::Tensor>& parameters,
                const std::vector<std::vector<at::Tensor>>& states, const std::string& optimizer,
                const py::dict& numbers, int64_t updates_before, const at::Tensor& values, bool packed, bool dynamic,
                double scale, const at::Tensor& rows, const at::Tensor& sizes, const at::Tensor& seeds) {
@@ -105,10 +121,26 @@ at::Tensor run(CpuStep& step, const std::vector<at::Tensor>& parameters,
                         data.rows - 1);
     }
   }
-  static_assert(sizeof(Terms) == 3 * sizeof(float));
-  at::Tensor terms = at::empty({steps.count, 3}, at::kFloat);
-  const py::gil_scoped_release release;
-  step.run(all, how, data, steps, reinterpret_cast<Terms*>(terms.data_ptr<float>()));
+  std::vector<at::Tensor> held{values, rows, sizes, seeds};
+  held.insert(held.end(), parameters.begin(), parameters.end());
+  for (const auto& state : states) held.insert(held.end(), state.begin(), state.end());
+  return {&step, std::move(held), std::move(all), how, data, steps, at::empty({steps.count, 3}, at::kFloat)};
+}
+
+// Several models at once have one thread each, one model has all of them.
+std::vector<at::Tensor> run(const std::vector<Run*>& runs) {
+  {
+    const py::gil_scoped_release release;
+    if (runs.size() == 1) {
+      (*runs[0])();
+    } else {
+      at::parallel_for(0, static_cast<int64_t>(runs.size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) (*runs[static_cast<size_t>(i)])();
+      });
+    }
+  }
+  std::vector<at::Tensor> terms;
+  for (const Run* one : runs) terms.push_back(one->terms);
   return terms;
 }
 
@@ -144,7 +176,9 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), py::arg("data_dim"), py::arg("encoder_hidden"), py::arg("latent_dim"),
            py::arg("decoder_hidden"), py::arg("activation"), py::arg("likelihood"), py::arg("estimator"),
            py::arg("num_samples"), py::arg("beta"), py::arg("weight_prior"), py::arg("precision"))
-      .def("run", &run, py::kw_only(), py::arg("parameters"), py::arg("states"), py::arg("optimizer"),
+      .def("prepare", &prepare, py::keep_alive<0, 1>(), py::kw_only(), py::arg("parameters"), py::arg("states"), py::arg("optimizer"),
            py::arg("numbers"), py::arg("updates_before"), py::arg("values"), py::arg("packed"), py::arg("dynamic"),
            py::arg("scale"), py::arg("rows"), py::arg("sizes"), py::arg("seeds"));
+  py::class_<Run>(m, "Run", "Some steps of one model, from CpuStep.prepare.");
+  m.def("run", &run, py::arg("runs"), "Carries out runs of different models; the terms [steps, 3] of each.");
 }

@@ -31,6 +31,7 @@ from .nn import (
     MLPEncoder,
     Reparameterize,
 )
+from .sweep import sweep
 from .trainer import History, Trainer, TrainingError
 
 __version__ = "0.1.0"
@@ -69,5 +70,6 @@ __all__ = [
     "reference",
     "reparameterize",
     "reparameterize_with_kl",
+    "sweep",
     "uses",
 ]

@@ -6,6 +6,7 @@ torch's own before and after every run, so checkpoints, evaluation and the other
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,6 +129,10 @@ class NativeEngine(AutogradEngine):
         return "bfloat16 products, emulated in float32: no faster than 'exact' on this processor"
 
     def run(self, n_steps: int) -> Tensor:
+        return run_together([self], [n_steps])[0]
+
+    def prepare(self, n_steps: int) -> _C.Run:
+        """The next steps, checked and ready to be run."""
         program, source = self._program, self._program.source
         sizes = source.sizes(self.next_step, n_steps)
         if len(sizes) < n_steps:
@@ -138,7 +143,7 @@ class NativeEngine(AutogradEngine):
         data = source.data
         values = data.values if data.values.dtype == torch.uint8 else data.values.to(torch.float32)
         states, counters = self._states()
-        terms = self._step.run(
+        return self._step.prepare(
             parameters=[p.detach() for p in self._parameters],
             states=states,
             optimizer=self._kind,
@@ -152,10 +157,12 @@ class NativeEngine(AutogradEngine):
             sizes=torch.from_numpy(sizes).contiguous(),
             seeds=torch.tensor(seeds, dtype=torch.int64),
         )
-        for counter in counters:
+
+    def count(self, n_steps: int) -> None:
+        """Notes that steps have been taken."""
+        for counter in self._states()[1]:
             counter += n_steps
         self.next_step += n_steps
-        return terms
 
     def _numbers(self) -> dict[str, float]:
         (group,) = self._program.optimizer.param_groups
@@ -184,3 +191,15 @@ class NativeEngine(AutogradEngine):
             states.append([state[key] for key in self._keys])
         counters = [optimizer.state[p]["step"] for p in self._parameters] if self._kind != "sgd" else []
         return states, counters
+
+
+def run_together(engines: Sequence[NativeEngine], n_steps: Sequence[int]) -> list[Tensor]:
+    """The next steps of several models at once, a thread for each; one model has all threads. The terms of each.
+
+    Every model's are those of its own ``run``, bit for bit: its sums do not depend on the number of threads.
+    """
+    runs = [engine.prepare(n) for engine, n in zip(engines, n_steps, strict=True)]
+    terms = _C.run(runs)
+    for engine, n in zip(engines, n_steps, strict=True):
+        engine.count(n)
+    return terms

@@ -302,32 +302,7 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once the steps under way are done and the checkpoint, if any, is
                 saved.
         """
-        if max_samples < 1:
-            raise ValueError(f"max_samples: got {max_samples}, wanted an integer of 1 or more")
-        if report_every is not None and report_every < 1:
-            raise ValueError(f"report_every: got {report_every}, wanted an integer of 1 or more")
-        source = self._source(train)
-        test_data = None if test is None else self._prepare("test", test, source.kind).to(self.device)
-        if checkpoint is not None or self._data is not None:
-            fingerprint = source.fingerprint()
-            if self._data not in (None, fingerprint):
-                warnings.warn(
-                    "train: these are not the data that this training has seen so far", stacklevel=2
-                )
-            self._data = fingerprint
-        s = self.settings
-        plan = Plan(s.seed, s.estimator, s.num_samples, s.beta, s.weight_prior, self._estimator_state)
-        engine, self.engine_reason = make_engine(
-            self.engine,
-            self.model,
-            self.optimizer,
-            source,
-            plan,
-            self.device,
-            self._program_type(),
-            s.precision,
-        )
-        self.engine_name = engine.name
+        source, engine, test_data = self._begin(train, test, max_samples, report_every, checkpoint is not None)
         end = self.samples_seen + max_samples
         every = report_every or max(10_000, source.count or 0)
 
@@ -368,6 +343,38 @@ class Trainer:
                 report()
         return self.history
 
+    def _begin(
+        self, train: Any, test: Any, max_samples: int, report_every: int | None, remember: bool
+    ) -> tuple[Source, Engine, Prepared | None]:
+        """Checks what ``fit`` was given; what it trains on, with, and is tested on."""
+        if max_samples < 1:
+            raise ValueError(f"max_samples: got {max_samples}, wanted an integer of 1 or more")
+        if report_every is not None and report_every < 1:
+            raise ValueError(f"report_every: got {report_every}, wanted an integer of 1 or more")
+        source = self._source(train)
+        test_data = None if test is None else self._prepare("test", test, source.kind).to(self.device)
+        if remember or self._data is not None:
+            fingerprint = source.fingerprint()
+            if self._data not in (None, fingerprint):
+                warnings.warn(
+                    "train: these are not the data that this training has seen so far", stacklevel=3
+                )
+            self._data = fingerprint
+        s = self.settings
+        plan = Plan(s.seed, s.estimator, s.num_samples, s.beta, s.weight_prior, self._estimator_state)
+        engine, self.engine_reason = make_engine(
+            self.engine,
+            self.model,
+            self.optimizer,
+            source,
+            plan,
+            self.device,
+            self._program_type(),
+            s.precision,
+        )
+        self.engine_name = engine.name
+        return source, engine, test_data
+
     # --- steps ----------------------------------------------------------------------------------------------
 
     def _train(self, engine: Engine, sizes: NDArray[np.int64]) -> None:
@@ -384,12 +391,16 @@ class Trainer:
                 f"out of memory on {self.device}: minibatches of {size} datapoints, {samples} latent samples "
                 f"each do not fit; {max(1, size // 2)} datapoints need about half as much"
             ) from error
+        self._accept(engine, before, terms, sizes)
+        self.seconds += time.perf_counter() - began
+
+    def _accept(self, engine: Engine, before: State, terms: Tensor, sizes: NDArray[np.int64]) -> None:
+        """Counts the steps that ``engine`` has taken since ``before``, or goes back and mends them."""
         if terms.isfinite().all() and engine.finite():
             self._count(terms, sizes)
             self._in_a_row = 0
         else:
             self._mend(engine, before, sizes)
-        self.seconds += time.perf_counter() - began
 
     def _count(self, terms: Tensor, sizes: NDArray[np.int64]) -> None:
         sums = np.column_stack((terms[:, 1:].double().numpy(), np.ones(len(sizes)))) * sizes[:, None]

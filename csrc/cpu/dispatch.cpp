@@ -138,6 +138,10 @@ int64_t blocks(int64_t rows) { return (rows + tile().block - 1) / tile().block; 
 }  // namespace
 
 void launch(const Gather& a) { share(a, a.batch, a.dynamic ? 8 * a.cols : a.cols); }
+void launch(const FindZeros& a) {
+  const int64_t tiles = tile().rows;
+  share(a, (a.rows + tiles - 1) / tiles + (a.cols + tiles - 1) / tiles, 2 * a.rows);
+}
 void launch(const Forward& a) {
   share(a, blocks(a.rows) * a.panels, panel_cost(std::min(a.rows, tile().block), a.inputs));
 }
@@ -152,9 +156,21 @@ void launch(const InputGradient& a) {
 // All panels of all layers stand in one line, which is cut into a piece of equal cost for each thread.
 void launch(const WeightGradient* parts, int count) {
   const auto run = runner<WeightGradient>();
-  const auto cost = [](const WeightGradient& a) { return 1 + panel_cost(a.rows + 20, a.inputs); };  // 20: the update
-  int64_t total = 0;
-  for (int i = 0; i < count; ++i) total += parts[i].panels * cost(parts[i]);
+  // An update takes as long as kUpdateRows rows of the product, for the memory that it passes through.
+  constexpr int64_t kUpdateRows = 40;
+  const auto cost = [](const WeightGradient& a) {
+    int64_t terms = a.rows;
+    if (a.nonzero) {
+      const int64_t tiles = (a.inputs + tile().rows - 1) / tile().rows;
+      terms = 0;
+      for (int64_t t = 0; t < tiles; ++t) terms += a.nonzero[t].count;
+      terms /= tiles;
+    }
+    return 1 + panel_cost(terms + kUpdateRows, a.inputs);
+  };
+  int64_t costs[64], total = 0;  // of a panel of each part
+  TORCH_INTERNAL_ASSERT(count <= 64);
+  for (int i = 0; i < count; ++i) total += parts[i].panels * (costs[i] = cost(parts[i]));
   const int64_t threads =
       at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), 1 + total / (4 * 8192));
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
@@ -163,12 +179,12 @@ void launch(const WeightGradient* parts, int count) {
     for (int i = 0; i < count; ++i) {
       // A panel belongs to the thread in whose piece it begins.
       const auto panels_before = [&](int64_t place) {
-        const int64_t panels = (place - before + cost(parts[i]) - 1) / cost(parts[i]);
+        const int64_t panels = (place - before + costs[i] - 1) / costs[i];
         return std::clamp<int64_t>(place <= before ? 0 : panels, 0, parts[i].panels);
       };
       const int64_t begin = panels_before(from), end = panels_before(to);
       if (begin < end) run(parts[i], begin, end);
-      before += parts[i].panels * cost(parts[i]);
+      before += parts[i].panels * costs[i];
     }
   });
 }

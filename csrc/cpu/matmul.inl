@@ -5,6 +5,8 @@
 // order. All other operands are row-major with a leading dimension, and are read where they lie.
 #pragma once
 
+#include "training.h"
+
 namespace vae_fast {
 namespace cpu {
 namespace VAE_FAST_CAPABILITY {
@@ -56,27 +58,57 @@ struct Tile {
   }
 };
 
-// tile[i, :] += sum_k a[i, k] b[k, :]. Of a, either the rows i lie side by side (kAcross) and k strides by ld_a, or the
-// other way round.
-template <bool kAcross>
-VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t ld_b, int64_t depth) {
+// The terms of a sum one after another, or those that a list names, less `base`
+struct EveryTerm {
+  VAE_FAST_INLINE int64_t operator()(int64_t k) const { return k; }
+};
+struct ListedTerms {
+  const int32_t* terms;
+  int64_t base;
+  VAE_FAST_INLINE int64_t operator()(int64_t k) const { return terms[k] - base; }
+};
+
+// tile[i, :] += sum_k a[i, k] b[k, :] over `count` terms k. Of a, either the rows i lie side by side (kAcross) and k strides
+// by ld_a, or the other way round.
+template <bool kAcross, class Terms>
+VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t count, Terms terms) {
   VF sum[kTileRows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) sum[i][0] = tile.sum[i][0], sum[i][1] = tile.sum[i][1];
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
-    const VF b0 = to_floats(b), b1 = to_floats(b + kLanes);
+  for (int64_t term = 0; term < count; ++term) {
+    const int64_t k = terms(term);
+    const VF b0 = to_floats(b + k * kPanel), b1 = to_floats(b + k * kPanel + kLanes);
+    const float* column = a + (kAcross ? k * ld_a : k);
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
-      const VF left = in_every_lane(kAcross ? a[i] : a[i * ld_a]);
+      const VF left = in_every_lane(kAcross ? column[i] : column[i * ld_a]);
       sum[i][0] = Math<VF>::fma(left, b0, sum[i][0]);
       sum[i][1] = Math<VF>::fma(left, b1, sum[i][1]);
     }
-    a += kAcross ? ld_a : 1;
-    b += ld_b;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) tile.sum[i][0] = sum[i][0], tile.sum[i][1] = sum[i][1];
+}
+
+// The same for k in [first, first + count), where a list, if there is one, names the terms that are not zero.
+template <bool kAcross>
+VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t first, int64_t count,
+                              const TermList* list) {
+  if (!list || list->count == list->of) return multiply<kAcross>(tile, a, ld_a, b, count, EveryTerm{});
+  const int32_t *begin = list->terms, *end = begin + list->count;
+  if (count < list->of) {
+    while (begin < end && *begin < first) ++begin;
+    const int32_t* last = begin;
+    while (last < end && *last < first + count) ++last;
+    end = last;
+  }
+  multiply<kAcross>(tile, a, ld_a, b, end - begin, ListedTerms{begin, first});
+}
+
+// The kLanes elements' cache lines at p and after, as many as `bytes` fill
+VAE_FAST_INLINE void prefetch(const float* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i);
 }
 
 }  // namespace

@@ -28,6 +28,22 @@ struct TileShape {
 };
 TileShape tile();  // of the instruction set in use
 
+// Which terms of a tile's sum have an element that is not zero, of how many there are: images have large blank margins,
+// and counts of genes or words are zero nearly everywhere.
+struct TermList {
+  const int32_t* terms;
+  int64_t count, of;
+};
+
+// Lists for the two products that x is in: of columns for every tile of its rows, and of rows for every tile of its
+// columns. Each list has room for all.
+struct FindZeros {
+  int64_t rows, cols;
+  Matrix x;
+  int32_t *columns, *row_numbers;
+  TermList *of_rows, *of_columns;  // [tiles of rows], [tiles of columns]
+};
+
 // x[b, :] = values[rows[b], :] * scale, or draws from Bernoulli of that; `operand`, if it is another matrix, the same
 // rounded to bfloat16
 struct Gather {
@@ -48,6 +64,7 @@ struct Forward {
   bool fast;
   int64_t rows, inputs, outputs, panels;
   Matrix in;
+  const TermList* nonzero;  // of every tile of rows of `in`, or null
   const float* weight;
   const float* bias;  // [panels * panel]
   Matrix out;
@@ -114,6 +131,7 @@ struct WeightGradient {
   bool fast;
   int64_t rows, inputs, outputs, panels;
   Matrix in, grad_out;
+  const TermList* nonzero;  // of every tile of columns of `in`, or null
   Update update;
   float prior;  // 1/N of the weight prior, for weights alone
   float *weight, *bias;
@@ -124,6 +142,7 @@ struct WeightGradient {
 
 #define VAE_FAST_FOR_EACH_PART(DO) \
   DO(Gather)                       \
+  DO(FindZeros)                    \
   DO(Forward)                      \
   DO(GaussianLoss)                 \
   DO(LatentForward)                \

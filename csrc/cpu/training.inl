@@ -54,6 +54,42 @@ void gather(const Gather& a, int64_t begin, int64_t end) {
   }
 }
 
+// Whether any of n elements, n <= kTileRows, is not zero
+VAE_FAST_INLINE bool any(const float* x, int64_t n) {
+  bool found = false;
+  for (int64_t i = 0; i < n; ++i) found |= x[i] != 0;
+  return found;
+}
+
+void run_part(const FindZeros& a, int64_t begin, int64_t end) {
+  const int64_t row_tiles = (a.rows + kTileRows - 1) / kTileRows;
+  for (int64_t t = begin; t < end; ++t) {
+    const bool of_rows = t < row_tiles;
+    const int64_t first = (of_rows ? t : t - row_tiles) * kTileRows;
+    int32_t* const terms = of_rows ? a.columns + t * a.cols : a.row_numbers + (t - row_tiles) * a.rows;
+    int64_t count = 0;
+    if (of_rows) {
+      const int64_t n = min(kTileRows, a.rows - first);
+      for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t m) {
+        VI found{};
+        for (int64_t i = 0; i < n; ++i) found |= to_floats(at(a.x, first + i, c)) != VF{};
+        for (int64_t lane = 0; lane < m; ++lane) {
+          terms[count] = static_cast<int32_t>(c + lane);
+          count -= found[lane];
+        }
+      });
+      a.of_rows[t] = {terms, count, a.cols};
+    } else {
+      const int64_t n = min(kTileRows, a.cols - first);
+      for (int64_t r = 0; r < a.rows; ++r) {
+        terms[count] = static_cast<int32_t>(r);
+        count += any(at(a.x, r, first), n);
+      }
+      a.of_columns[t - row_tiles] = {terms, count, a.rows};
+    }
+  }
+}
+
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 // The gradient in the logits of a tile and, returned, its log-likelihood
@@ -100,12 +136,15 @@ void run_part(const Forward& a, int64_t begin, int64_t end) {
     const int64_t first = item / a.panels * kRowBlock, last = min(a.rows, first + kRowBlock);
     const int64_t p = item % a.panels;
     const float* panel = a.weight + p * panel_rows * kPanel;
+    const int64_t ahead = p + 1 < a.panels ? round_up(a.inputs * kTileRows / (last - first), 1) : 0;  // rows of the next
     double log_likelihood = 0;
     in_parts(a.inputs, kForwardDepth, 1, [&](int64_t k, int64_t depth) {
       for (int64_t row = first; row < last; row += kTileRows) {
         Tile tile;
         k == 0 ? tile.zero() : tile.load(at(a.out, row, p * kPanel), a.out.ld);
-        multiply<false>(tile, at(a.in, row, k), a.in.ld, panel + k * kPanel, kPanel, depth);
+        prefetch(panel + (panel_rows + (row - first) / kTileRows * ahead) * kPanel, ahead * kPanel * 4);
+        multiply<false>(tile, at(a.in, row, k), a.in.ld, panel + k * kPanel, k, depth,
+                        a.nonzero ? a.nonzero + row / kTileRows : nullptr);
         if (k + depth < a.inputs) {
           tile.store(at(a.out, row, p * kPanel), a.out.ld);
         } else if (a.epilogue == Epilogue::bernoulli) {
@@ -225,7 +264,7 @@ void run_part(const InputGradient& a, int64_t begin, int64_t end) {
         float* to = at(a.grad_in, row, column);
         Tile tile;
         n == 0 ? tile.zero() : tile.load(to, a.grad_in.ld);
-        multiply<false>(tile, at(a.grad_out, row, n), a.grad_out.ld, part, kPanel, depth);
+        multiply<false>(tile, at(a.grad_out, row, n), a.grad_out.ld, part, depth, EveryTerm{});
         if (n + depth == outputs && a.activation != Epilogue::none) {
           for (int i = 0; i < kTileRows; ++i) {
             for (int j = 0; j < 2; ++j) {
@@ -290,7 +329,13 @@ void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
       for (int64_t k = 0; k < a.inputs; k += kTileRows) {
         Tile tile;
         row == 0 ? tile.zero() : tile.load(sum + k * kPanel, kPanel);
-        multiply<true>(tile, at(a.in, row, k), a.in.ld, grad_out, kPanel, depth);
+        if (last) {
+          const int64_t at = (p * panel_rows + k) * kPanel;
+          for (const float* what : {a.weight, a.state[0], a.state[1]})
+            if (what) prefetch(what + at, kTileRows * kPanel * 4);
+        }
+        multiply<true>(tile, at(a.in, row, k), a.in.ld, grad_out, row, depth,
+                       a.nonzero ? a.nonzero + k / kTileRows : nullptr);
         if (!last) {
           tile.store(sum + k * kPanel, kPanel);
           continue;

@@ -52,6 +52,21 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
 #endif
   }
 
+  // For a >= 2^-126: an estimate of 12 bits or more and a step of Newton's; error 3e-7. A root and a division would take
+  // as long as a tenth of the training step.
+  static VAE_FAST_INLINE V inverse_sqrt(V a) {
+#if VAE_FAST_VECTOR_BYTES == 64
+    const V y = (V)_mm512_rsqrt14_ps((__m512)a);
+#elif VAE_FAST_VECTOR_BYTES == 32
+    const V y = (V)_mm256_rsqrt_ps((__m256)a);
+#elif defined(__SSE2__)
+    const V y = (V)_mm_rsqrt_ps((__m128)a);
+#else
+    const V y = constant<V>(1.0) / sqrt(a);
+#endif
+    return y + constant<V>(0.5) * y * (constant<V>(1.0) - a * y * y);
+  }
+
   // These keep NaN, as the instructions do for their second operand: it then passes through the polynomial whatever
   // its power is.
   static VAE_FAST_INLINE V at_least(V a, float low) {

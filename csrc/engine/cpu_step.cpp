@@ -148,6 +148,10 @@ void CpuStep::reserve(int64_t batch) {
       layer.sums.at_least(static_cast<size_t>(width * (round_up(layer.inputs, tile_.panel) + tile_.rows)));
   }
   matrix(grad_z_, decoded, network_.latent_dim);
+  const int64_t row_tiles = round_up(batch, tile_.rows) / tile_.rows;
+  const int64_t column_tiles = round_up(network_.data_dim, tile_.rows) / tile_.rows;
+  of_rows_.resize(static_cast<size_t>(row_tiles)), columns_.resize(static_cast<size_t>(row_tiles * network_.data_dim));
+  of_columns_.resize(static_cast<size_t>(column_tiles)), row_numbers_.resize(static_cast<size_t>(column_tiles * batch));
   eps_.at_least(static_cast<size_t>(decoded * network_.latent_dim));
   const int64_t blocks = (decoded + tile_.block - 1) / tile_.block;
   log_likelihood_.resize(static_cast<size_t>(std::max(decoded, blocks * layers_.back().panels)));
@@ -167,7 +171,8 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
     cpu::Forward a{};
     a.epilogue = layer.epilogue, a.fast = fast_;
     a.rows = n, a.inputs = layer.inputs, a.outputs = layer.groups[0], a.panels = layer.panels;
-    a.in = layer.in, a.weight = operand(layer), a.bias = layer.bias.data(), a.out = layer.out;
+    a.in = layer.in, a.nonzero = &layer == &layers_[0] ? of_rows_.data() : nullptr;
+    a.weight = operand(layer), a.bias = layer.bias.data(), a.out = layer.out;
     a.x = x, a.x_rows = batch, a.scale = scale;
     a.log_likelihood = layer.epilogue == Epilogue::bernoulli ? log_likelihood_.data() : nullptr;
     cpu::launch(a);
@@ -175,6 +180,8 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
 
   cpu::launch(cpu::Gather{data.dtype, data.dynamic, data.scale, batch, data.cols, static_cast<uint64_t>(seeds[1]),
                           data.values, rows, x, layers_[0].in});
+  cpu::launch(cpu::FindZeros{batch, network_.data_dim, layers_[0].in, columns_.data(), row_numbers_.data(),
+                             of_rows_.data(), of_columns_.data()});
   for (size_t i = 0; i <= heads_; ++i) forward(layers_[i], batch);
   cpu::launch(PhiloxNormal{DType::f32, decoded * latent, &seeds[0], eps_.data()});
   cpu::launch(
@@ -211,6 +218,7 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
                        layer.panels,
                        layer.in,
                        layer.grad_out,
+                       i == 0 ? of_columns_.data() : nullptr,
                        how,
                        objective_.weight_prior,
                        layer.weight.data(),

@@ -57,7 +57,8 @@ class CpuStep {
  public:
   CpuStep(const Network& network, const Objective& objective, Precision precision);
 
-  // Takes the parameters, trains, and puts them back; writes one Terms per step.
+  // Takes the parameters, trains, and puts them back; writes one Terms per step. What it computes does not depend on
+  // the number of threads, nor on whether it is called in a parallel region, where it has one.
   void run(const std::vector<Parameter>& parameters, const Optimizer& optimizer, const Data& data, const Steps& steps,
            Terms* terms);
 
@@ -92,6 +93,8 @@ class CpuStep {
   Buffer x_, x_operand_, eps_, z_, grad_z_;
   cpu::Matrix exact_x_{};
   std::vector<cpu::WeightGradient> updates_;
+  std::vector<int32_t> columns_, row_numbers_;
+  std::vector<cpu::TermList> of_rows_, of_columns_;
   std::vector<double> log_likelihood_, kl_;
 };
 

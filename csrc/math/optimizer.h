@@ -17,7 +17,7 @@ VAE_FAST_INLINE V sgd_update(V w, V g, V& m, float momentum, float rate) {
 template <class V>
 VAE_FAST_INLINE V adagrad_update(V w, V g, V& G, float rate, float eps) {
   G = Math<V>::fma(g, g, G);
-  return w - constant<V>(rate) * g / Math<V>::sqrt(G + constant<V>(eps));
+  return w - constant<V>(rate) * g * Math<V>::inverse_sqrt(G + constant<V>(eps));
 }
 
 // m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;  w -= rate m / (sqrt(v) root + eps)

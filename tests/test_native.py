@@ -1,0 +1,359 @@
+"""The native engine computes the steps of the reference engine: in float32 against float64, whatever the model."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vae_fast as vf
+from vae_fast import _C, datasets
+from vae_fast.batches import ArraySource, StreamSource
+from vae_fast.engines import AutogradEngine, Plan, make_engine
+from vae_fast.native import NativeEngine
+from vae_fast.optim import make_optimizer
+
+CPU = torch.device("cpu")
+
+
+def pixels(count: int = 150, dim: int = 37) -> Tensor:
+    x = torch.rand(count, dim, generator=torch.Generator().manual_seed(1))
+    return (x * 255).to(torch.uint8) * (x > 0.4)  # with zeros, as images have
+
+
+def train(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    steps: int = 7,
+    data: Tensor | None = None,
+    batch: int = 32,
+    order: str = "shuffle",
+    targets: str = "real",
+    precision: str = "exact",
+    optimizer: str = "adagrad",
+    lr: float = 0.02,
+    options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[Tensor, dict[str, Tensor], AutogradEngine]:
+    """The terms of some steps, and everything that they changed."""
+    model_keys = ("hidden_dims", "latent_dim", "activation", "likelihood", "mean_activation")
+    model = {"hidden_dims": [19], "latent_dim": 5, **{k: settings.pop(k) for k in model_keys if k in settings}}
+    x = pixels() if data is None else data
+    vae = vf.VAE(x.shape[1], init="torch", seed=3, **model).to(dtype)
+    options = {"accumulate_steps": 2} if optimizer == "adagrad" and options is None else options or {}
+    made = make_optimizer(optimizer, vae.parameters(), lr, **options)
+    prepared = datasets.prepare(x, likelihood=vae.likelihood, targets=targets)
+    source = ArraySource(prepared, batch_size=batch, seed=5, order=order, device=CPU)
+    engine, _ = make_engine(name, vae, made, source, Plan(7, **settings), CPU, precision=precision)
+    terms = engine.run(steps)
+    state = engine.snapshot().tensors
+    return terms.double(), {k: v.double() for k, v in state.items() if not k.startswith("random.")}, engine
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "paper's": {},
+    "two hidden layers": {"hidden_dims": [19, 33]},
+    "no hidden layer": {"hidden_dims": []},
+    "one unit and one latent": {"hidden_dims": [1], "latent_dim": 1},
+    "relu": {"activation": "relu"},
+    "three samples": {"num_samples": 3},
+    "SGVB-A": {"estimator": "sgvb_a", "num_samples": 2},
+    "beta": {"beta": 0.3},
+    "weight prior": {"weight_prior": True},
+    "gaussian": {"likelihood": "gaussian"},
+    "gaussian, sigmoid mean": {"likelihood": "gaussian", "mean_activation": "sigmoid"},
+    "sgd": {"optimizer": "sgd"},
+    "momentum": {"optimizer": "sgd", "options": {"momentum": 0.9, "weight_decay": 0.1}},
+    "adam": {"optimizer": "adam", "lr": 1e-3},
+    "adam, weight decay": {"optimizer": "adam", "lr": 1e-3, "options": {"weight_decay": 0.1}},
+    "adamw": {"optimizer": "adamw", "lr": 1e-3},
+    "dynamic": {"targets": "dynamic"},
+    "with replacement": {"order": "replacement"},
+    "minibatches of one": {"batch": 1},
+    "one smaller minibatch": {"batch": 149, "steps": 4},
+    "many row blocks": {"data": pixels(1400), "batch": 700, "steps": 3},
+    "deep sums": {"data": pixels(60, 1100), "hidden_dims": [530], "batch": 30, "lr": 1e-3, "steps": 4},
+    "float data": {"data": torch.rand(150, 37)},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_errs_no_more_than_twice_as_much_as_autograd_in_float32(case: dict[str, Any]) -> None:
+    wanted, state, _ = train("reference", torch.float64, **case)
+    errors = {}
+    for name in ("native", "modules"):
+        terms, changed, _ = train(name, **case)
+        assert changed.keys() == state.keys()
+        of_terms = ((terms - wanted).abs() / wanted.abs().clamp_min(1)).max()
+        of_state = max(
+            (changed[k] - v).abs().max() / v.abs().max().clamp_min(1e-3) for k, v in state.items() if v.numel()
+        )
+        errors[name] = (float(of_terms), float(of_state))
+    # the floor: a unit or two in the last place, where autograd happens to be exact
+    assert errors["native"][0] <= max(2 * errors["modules"][0], 5e-7), errors
+    assert errors["native"][1] <= max(2 * errors["modules"][1], 2e-6), errors
+
+
+@pytest.mark.parametrize("targets", ["real", "dynamic"])
+def test_data_of_images_with_margins_give_the_same_steps_as_without_lists_of_zeros(targets: str) -> None:
+    """Blank columns, blank rows and dense ones: a term that is left out must be zero."""
+    x = pixels(80, 64)
+    x[:, 10:40] = 0
+    x[5:20] = 0
+    x[::3, 50:] = 200
+    wanted, state, _ = train("reference", torch.float64, data=x, batch=80, targets=targets)
+    terms, changed, _ = train("native", data=x, batch=80, targets=targets)
+    torch.testing.assert_close(terms, wanted, rtol=1e-6, atol=1e-6)
+    for name, value in state.items():
+        torch.testing.assert_close(changed[name], value, rtol=2e-5, atol=2e-6)
+
+
+def test_packed_data_give_the_steps_of_unpacked() -> None:
+    x = (pixels(60, 37) > 100).to(torch.uint8)
+    packed = torch.from_numpy(np.packbits(x.numpy(), axis=1, bitorder="little"))
+    results = []
+    for values in (x, packed):
+        vae = vf.VAE(37, [8], 3, seed=0)
+        parameters = [p.detach() for p in vae.parameters()]
+        step = _C.CpuStep(
+            data_dim=37,
+            encoder_hidden=[8],
+            latent_dim=3,
+            decoder_hidden=[8],
+            activation="tanh",
+            likelihood="bernoulli",
+            estimator="sgvb_b",
+            num_samples=1,
+            beta=1.0,
+            weight_prior=0.0,
+            precision="exact",
+        )
+        run = step.prepare(
+            parameters=parameters,
+            states=[[] for _ in parameters],
+            optimizer="sgd",
+            numbers={"lr": 0.01},
+            updates_before=0,
+            values=values,
+            packed=values is packed,
+            dynamic=False,
+            scale=1.0,
+            rows=torch.arange(60).reshape(3, 20),
+            sizes=torch.full((3,), 20),
+            seeds=torch.arange(6).reshape(3, 2),
+        )
+        results.append([_C.run([run])[0], *parameters])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_fast_is_the_step_with_operands_rounded_to_bfloat16() -> None:
+    """Of the size of the rounding, 2^-9, and not of float32's."""
+    wanted, _, _ = train("reference", torch.float64, steps=1)
+    terms, _, _ = train("native", precision="fast", steps=1)
+    error = ((terms - wanted).abs() / wanted.abs())[:, 0].max()
+    assert 1e-7 < error < 2**-9
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_repeats_bit_for_bit_whatever_the_number_of_threads(precision: str) -> None:
+    runs = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            runs.append(train("native", hidden_dims=[70, 40], data=pixels(900, 200), batch=300, precision=precision))
+    finally:
+        torch.set_num_threads(threads)
+    for terms, state, _ in runs[1:]:
+        assert torch.equal(terms, runs[0][0])
+        assert all(torch.equal(state[name], runs[0][1][name]) for name in state)
+
+
+def test_one_run_is_many_runs() -> None:
+    whole, state, _ = train("native", steps=9)
+    _, _, engine = train("native", steps=4)
+    assert torch.equal(torch.cat([whole[:4], engine.run(5).double()]), whole)
+    after = engine.snapshot().tensors
+    assert all(torch.equal(after[name].double(), value) for name, value in state.items())
+
+
+def test_the_state_goes_from_one_engine_to_another() -> None:
+    for optimizer in ("adagrad", "adam", "sgd"):
+        options = {"momentum": 0.9} if optimizer == "sgd" else None
+        wanted, _, _ = train("modules", steps=8, optimizer=optimizer, lr=1e-3, options=options)
+        _, _, first = train("native", steps=4, optimizer=optimizer, lr=1e-3, options=options)
+        saved = first.snapshot()
+        _, _, second = train("modules", steps=1, optimizer=optimizer, lr=1e-3, options=options)
+        second.restore(saved)
+        second.next_step = 4
+        torch.testing.assert_close(second.run(4).double(), wanted[4:], rtol=1e-5, atol=1e-4)
+
+
+def test_a_stream_gives_the_steps_of_its_array() -> None:
+    x = pixels(96)
+    vae, other = vf.VAE(37, [8], 3, seed=0), vf.VAE(37, [8], 3, seed=0)
+    terms = []
+    for model in (vae, other):
+        source: Any = StreamSource(
+            iter(x.split(32)),
+            likelihood="bernoulli",
+            targets="auto",
+            pixel_scale=255,
+            data_dim=37,
+            device=CPU,
+            first_step=0,
+        )
+        source.sizes(0, 3)
+        made = make_optimizer("adagrad", model.parameters(), 0.01, accumulate_steps=0)
+        name = "native" if model is vae else "modules"
+        terms.append(make_engine(name, model, made, source, Plan(1), CPU)[0].run(3))
+    torch.testing.assert_close(*terms, rtol=1e-6, atol=1e-4)
+
+
+# --- what it does not take ------------------------------------------------------------------------------------------
+
+
+def reason(model: vf.VAE, optimizer: Any = "adagrad", **settings: Any) -> str:
+    made = make_optimizer(optimizer, model.parameters(), 0.01)
+    source = ArraySource(
+        datasets.prepare(pixels(), likelihood="bernoulli"), batch_size=20, seed=0, order="shuffle", device=CPU
+    )
+    engine, why = make_engine("auto", model, made, source, Plan(0, **settings), CPU)
+    assert engine.name == "modules"
+    with pytest.raises(ValueError, match="engine: got 'native', but "):
+        make_engine("native", model, made, source, Plan(0, **settings), CPU)
+    return why
+
+
+def test_auto_says_why_it_is_not_native() -> None:
+    def paper(**how: Any) -> vf.VAE:
+        return vf.VAE(37, [8], 3, seed=0, **how)
+
+    hooked, frozen, double = paper(), paper(), paper().double()
+    hooked.encoder.register_forward_hook(lambda *_: None)
+    next(frozen.parameters()).requires_grad_(False)
+    own = vf.VAE(encoder=vf.MLPEncoder(37, [8], 3), decoder=nn.Linear(3, 37))
+    assert "module of your own" in reason(own)
+    assert "posterior is laplace" in reason(paper(posterior="laplace"))
+    assert "estimator is score_function" in reason(paper(), estimator="score_function")
+    assert "hooks" in reason(hooked)
+    assert "is not a contiguous float32 tensor" in reason(frozen)
+    assert "is not a contiguous float32 tensor" in reason(double)
+    assert "optimizer is RMSprop" in reason(paper(), lambda ps: torch.optim.RMSprop(ps, 0.01))
+    assert "nesterov" in reason(paper(), lambda ps: torch.optim.SGD(ps, 0.01, momentum=0.9, nesterov=True))
+    assert "amsgrad" in reason(paper(), lambda ps: torch.optim.Adam(ps, 0.01, amsgrad=True))
+
+
+def test_auto_is_native_where_it_can_be() -> None:
+    trainer = vf.Trainer(vf.VAE(37, [8], 3, seed=0), batch_size=20)
+    trainer.fit(pixels(), max_samples=40, progress=False)
+    assert trainer.engine_name == "native" and "float32" in trainer.engine_reason
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": torch.full((1, 4), 60)}, r"rows\[0, 0\]: got 60, wanted 0 to 59"),
+        ({"sizes": torch.tensor([5])}, r"sizes\[0\]: got 5, wanted 1 to 4"),
+        ({"values": torch.zeros(60, 36, dtype=torch.uint8)}, "values: got 36 columns, wanted 37"),
+        ({"values": torch.zeros(60, 37, dtype=torch.float64)}, "values: got Double"),
+        ({"optimizer": "rmsprop"}, 'optimizer: got "rmsprop"'),
+        ({"parameters": []}, "parameters: got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    _, _, engine = train("native", data=pixels(60), steps=1)
+    assert isinstance(engine, NativeEngine)
+    parameters = [p.detach() for p in engine._program.model.parameters()]
+    arguments: dict[str, Any] = {
+        "parameters": parameters,
+        "states": [[] for _ in parameters],
+        "optimizer": "sgd",
+        "numbers": {"lr": 0.1},
+        "updates_before": 0,
+        "values": pixels(60),
+        "packed": False,
+        "dynamic": False,
+        "scale": 1.0,
+        "rows": torch.zeros(1, 4, dtype=torch.int64),
+        "sizes": torch.tensor([4]),
+        "seeds": torch.zeros(1, 2, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=message):
+        engine._step.prepare(**{**arguments, **change})
+
+
+# --- trouble ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_is_found_and_named() -> None:
+    x = torch.rand(200, 6)
+    x[150] = 1e30  # the Gaussian's squared residual overflows
+    trainer = vf.Trainer(
+        vf.VAE(6, [4], 2, "gaussian", seed=0), batch_size=10, engine="native", on_nan="skip", seed=1
+    )
+    with pytest.warns(UserWarning, match="row 150 of the training data"):
+        trainer.fit(x, max_samples=200, progress=False)
+    assert [incident.datapoint for incident in trainer.incidents] == ["row 150 of the training data"]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_memory_does_not_grow() -> None:
+    _, _, engine = train("native", steps=200)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(30):
+        engine.run(300)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "train.py"
+    path.write_text(
+        textwrap.dedent(
+            """
+            import sys, torch, vae_fast as vf
+            x = (torch.rand(3000, 50, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+            path, samples = sys.argv[1], int(sys.argv[2])
+            try:
+                trainer = vf.Trainer.load(path, engine="native")
+            except FileNotFoundError:
+                trainer = vf.Trainer(vf.VAE(50, [40], 4, seed=0), engine="native", batch_size=50, optimizer="adam", lr=1e-3)
+            print("ready", flush=True)
+            trainer.fit(x, max_samples=samples - trainer.samples_seen, report_every=10_000, checkpoint=path, progress=False)
+            """
+        )
+    )
+    yield path
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_never_killed(script: Path, tmp_path: Path) -> None:
+    command, samples = [sys.executable, str(script)], "600000"
+    whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
+    subprocess.run([*command, str(whole), samples], check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, str(killed), samples], stdout=subprocess.PIPE)
+    while not killed.exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([*command, str(killed), samples], check=True, stdout=subprocess.DEVNULL)
+    ours, theirs = (vf.Trainer.load(path) for path in (killed, whole))
+    assert ours.samples_seen == theirs.samples_seen == 600_000
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [row.train_bound for row in ours.history] == [row.train_bound for row in theirs.history]

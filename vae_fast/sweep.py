@@ -1,0 +1,114 @@
+"""Many models at once: seeds, step sizes, weights of the divergence, numbers of latent variables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from . import datasets, native
+from .trainer import History, Trainer, _bar, _Interrupt
+
+
+def sweep(
+    trainers: Sequence[Trainer],
+    train: Any,
+    test: Any = None,
+    *,
+    max_samples: int,
+    report_every: int | None = None,
+    progress: bool | str = True,
+) -> list[History]:
+    """Trains several models on the same data, each on ``max_samples`` more samples; their histories, in order::
+
+        trainers = [
+            vf.Trainer(vf.VAE(784, [500], latent_dim=20, seed=seed), lr=lr, seed=seed)
+            for seed in range(4)
+            for lr in (0.01, 0.02)
+        ]
+        histories = vf.sweep(trainers, train, test, max_samples=1_000_000)
+
+    Each model's curve is that of its own ``fit``, bit for bit. Models that the native engine takes run side by side,
+    one on each thread, which wastes no time waiting for the others as the threads of one model do; the others take
+    turns.
+
+    Args:
+        trainers: of one or more models, each of which is in there once.
+        train, test, max_samples, report_every, progress: as in :meth:`vae_fast.Trainer.fit`; ``train`` is an array,
+            tensor or file.
+
+    Raises:
+        ValueError: there is no trainer, one is in there twice, or two of them share a model.
+        TypeError: ``train`` is a stream, which cannot be read by several.
+        DataError, TrainingError: as in ``fit``.
+        KeyboardInterrupt: after Ctrl-C, once the steps under way are done; each trainer can go on.
+    """
+    for what, objects in (("trainers", trainers), ("models", [trainer.model for trainer in trainers])):
+        if len({id(one) for one in objects}) < max(1, len(trainers)):
+            raise ValueError(f"trainers: got {len(trainers)} with equal {what}, wanted one or more, each its own")
+    if datasets.is_stream(train):
+        raise TypeError(f"train: got a stream, {type(train).__name__}, wanted an array, a tensor or a file")
+    runs = [_Run(trainer, train, test, max_samples, report_every) for trainer in trainers]
+    with _Interrupt() as interrupt, _bar(max_samples * len(runs), progress) as bar:
+        while active := [run for run in runs if not run.done]:
+            before = sum(run.trainer.samples_seen for run in runs)
+            together = [run for run in active if isinstance(run.engine, native.NativeEngine)]
+            _side_by_side(together)
+            for run in active:
+                if run not in together:
+                    with run.trainer._randomness():
+                        run.trainer._train(run.engine, run.sizes())
+            for run in active:
+                run.report_if_due()
+            bar.update(sum(run.trainer.samples_seen for run in runs) - before)
+            if interrupt.happened:
+                raise KeyboardInterrupt(f"stopped after {max(r.trainer.samples_seen for r in runs)} samples each")
+    return [trainer.history for trainer in trainers]
+
+
+class _Run:
+    """One model's share of a sweep."""
+
+    def __init__(
+        self, trainer: Trainer, train: Any, test: Any, max_samples: int, report_every: int | None
+    ) -> None:
+        self.trainer = trainer
+        self.source, self.engine, self.test = trainer._begin(train, test, max_samples, report_every, False)
+        self.end = trainer.samples_seen + max_samples
+        self.every = report_every or max(10_000, self.source.count or 0)
+        self.next_report = self._after(trainer.samples_seen)
+        trainer.model.train()
+
+    def _after(self, samples: int) -> int:
+        return (samples // self.every + 1) * self.every
+
+    @property
+    def done(self) -> bool:
+        return self.trainer.samples_seen >= self.end
+
+    def sizes(self) -> Any:
+        seen = self.trainer.samples_seen
+        self.engine.next_step = self.trainer.step_count
+        until = min(self.end, self.next_report) - seen
+        return self.source.sizes(self.trainer.step_count, self.engine.chunk_steps, until)
+
+    def report_if_due(self) -> None:
+        if self.trainer.samples_seen >= self.next_report or self.done:
+            self.trainer._report(self.test)
+            self.next_report = self._after(self.trainer.samples_seen)
+
+
+def _side_by_side(runs: Sequence[_Run]) -> None:
+    """The next steps of each; ``seconds`` of a trainer is then its share of the time."""
+    if not runs:
+        return
+    began = time.perf_counter()
+    sizes = [run.sizes() for run in runs]
+    before = [run.engine.snapshot() for run in runs]
+    engines = [run.engine for run in runs if isinstance(run.engine, native.NativeEngine)]
+    terms = native.run_together(engines, [len(s) for s in sizes])
+    for run, saved, term, size in zip(runs, before, terms, sizes, strict=True):
+        run.trainer._accept(run.engine, saved, term, size)
+    share = (time.perf_counter() - began) / len(runs)
+    for run in runs:
+        run.trainer.seconds += share
