@@ -72,14 +72,14 @@ struct Run {
 static_assert(sizeof(Terms) == 3 * sizeof(float));
 
 Run prepare(CpuStep& step, const std::vector<at::Tensor>& parameters,
-               const std::vector<std::vector<at::Tensor>>& states, const std::string& optimizer,
-               const py::dict& numbers, int64_t updates_before, const at::Tensor& values, bool packed, bool dynamic,
-               double scale, const at::Tensor& rows, const at::Tensor& sizes, const at::Tensor& seeds) {
+            const std::vector<std::vector<at::Tensor>>& states, const std::string& optimizer, const py::dict& numbers,
+            int64_t updates_before, const at::Tensor& values, bool packed, bool dynamic, double scale,
+            const at::Tensor& rows, const at::Tensor& sizes, const at::Tensor& seeds) {
   const Optimizer how = optimizer_of(optimizer, numbers);
   const auto shapes = step.weight_shapes();
-  TORCH_CHECK_VALUE(parameters.size() == 2 * shapes.size() && states.size() == parameters.size(),
-                    "parameters: got ", parameters.size(), " and the states of ", states.size(), ", wanted ",
-                    2 * shapes.size(), " of each");
+  TORCH_CHECK_VALUE(parameters.size() == 2 * shapes.size() && states.size() == parameters.size(), "parameters: got ",
+                    parameters.size(), " and the states of ", states.size(), ", wanted ", 2 * shapes.size(),
+                    " of each");
   std::vector<Parameter> all;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const auto [outputs, inputs] = shapes[i / 2];
@@ -99,7 +99,9 @@ Run prepare(CpuStep& step, const std::vector<at::Tensor>& parameters,
   const int64_t features = shapes.front().second;
   TORCH_CHECK_VALUE(values.size(1) == (packed ? (features + 7) / 8 : features), "values: got ", values.size(1),
                     " columns, wanted ", features, packed ? " bits" : "");
-  const Data data{packed ? DType::bits : bytes ? DType::u8 : DType::f32,
+  const Data data{packed  ? DType::bits
+                  : bytes ? DType::u8
+                          : DType::f32,
                   dynamic,
                   static_cast<float>(scale),
                   values.size(0),
@@ -165,20 +167,19 @@ PYBIND11_MODULE(_C, m) {
                                    {{"bernoulli", Likelihood::bernoulli},
                                     {"gaussian", Likelihood::gaussian},
                                     {"gaussian_sigmoid_mean", Likelihood::gaussian_sigmoid_mean}})};
-             const Objective objective{
-                 named<Estimator>("estimator", estimator,
-                                  {{"sgvb_b", Estimator::sgvb_b}, {"sgvb_a", Estimator::sgvb_a}}),
-                 num_samples, static_cast<float>(beta), static_cast<float>(weight_prior)};
-             return new CpuStep(network, objective,
-                                named<Precision>("precision", precision,
-                                                 {{"exact", Precision::exact}, {"fast", Precision::fast}}));
+             const Objective objective{named<Estimator>("estimator", estimator,
+                                                        {{"sgvb_b", Estimator::sgvb_b}, {"sgvb_a", Estimator::sgvb_a}}),
+                                       num_samples, static_cast<float>(beta), static_cast<float>(weight_prior)};
+             return new CpuStep(
+                 network, objective,
+                 named<Precision>("precision", precision, {{"exact", Precision::exact}, {"fast", Precision::fast}}));
            }),
            py::kw_only(), py::arg("data_dim"), py::arg("encoder_hidden"), py::arg("latent_dim"),
            py::arg("decoder_hidden"), py::arg("activation"), py::arg("likelihood"), py::arg("estimator"),
            py::arg("num_samples"), py::arg("beta"), py::arg("weight_prior"), py::arg("precision"))
-      .def("prepare", &prepare, py::keep_alive<0, 1>(), py::kw_only(), py::arg("parameters"), py::arg("states"), py::arg("optimizer"),
-           py::arg("numbers"), py::arg("updates_before"), py::arg("values"), py::arg("packed"), py::arg("dynamic"),
-           py::arg("scale"), py::arg("rows"), py::arg("sizes"), py::arg("seeds"));
+      .def("prepare", &prepare, py::keep_alive<0, 1>(), py::kw_only(), py::arg("parameters"), py::arg("states"),
+           py::arg("optimizer"), py::arg("numbers"), py::arg("updates_before"), py::arg("values"), py::arg("packed"),
+           py::arg("dynamic"), py::arg("scale"), py::arg("rows"), py::arg("sizes"), py::arg("seeds"));
   py::class_<Run>(m, "Run", "Some steps of one model, from CpuStep.prepare.");
   m.def("run", &run, py::arg("runs"), "Carries out runs of different models; the terms [steps, 3] of each.");
 }

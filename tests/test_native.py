@@ -49,7 +49,11 @@ def train(
 ) -> tuple[Tensor, dict[str, Tensor], AutogradEngine]:
     """The terms of some steps, and everything that they changed."""
     model_keys = ("hidden_dims", "latent_dim", "activation", "likelihood", "mean_activation")
-    model = {"hidden_dims": [19], "latent_dim": 5, **{k: settings.pop(k) for k in model_keys if k in settings}}
+    model = {
+        "hidden_dims": [19],
+        "latent_dim": 5,
+        **{k: settings.pop(k) for k in model_keys if k in settings},
+    }
     x = pixels() if data is None else data
     vae = vf.VAE(x.shape[1], init="torch", seed=3, **model).to(dtype)
     options = {"accumulate_steps": 2} if optimizer == "adagrad" and options is None else options or {}
@@ -98,7 +102,9 @@ def test_errs_no_more_than_twice_as_much_as_autograd_in_float32(case: dict[str, 
         assert changed.keys() == state.keys()
         of_terms = ((terms - wanted).abs() / wanted.abs().clamp_min(1)).max()
         of_state = max(
-            (changed[k] - v).abs().max() / v.abs().max().clamp_min(1e-3) for k, v in state.items() if v.numel()
+            (changed[k] - v).abs().max() / v.abs().max().clamp_min(1e-3)
+            for k, v in state.items()
+            if v.numel()
         )
         errors[name] = (float(of_terms), float(of_state))
     # the floor: a unit or two in the last place, where autograd happens to be exact
@@ -174,7 +180,9 @@ def test_repeats_bit_for_bit_whatever_the_number_of_threads(precision: str) -> N
     try:
         for n in (1, 2, 2):
             torch.set_num_threads(n)
-            runs.append(train("native", hidden_dims=[70, 40], data=pixels(900, 200), batch=300, precision=precision))
+            runs.append(
+                train("native", hidden_dims=[70, 40], data=pixels(900, 200), batch=300, precision=precision)
+            )
     finally:
         torch.set_num_threads(threads)
     for terms, state, _ in runs[1:]:

@@ -371,7 +371,9 @@ def make_engine(
     from . import native  # which builds on this module
 
     check_engine(name, precision)
-    program = program_type(reference if name == "reference" else functional, model, optimizer, source, plan, device)
+    program = program_type(
+        reference if name == "reference" else functional, model, optimizer, source, plan, device
+    )
     if name == "reference":
         return AutogradEngine("reference", program), "asked for"
     why = "asked for"
@@ -379,7 +381,10 @@ def make_engine(
         why_not = native.why_not(program)
         if why_not is None:
             engine = native.NativeEngine(program, precision)
-            return engine, f"{why if name == 'native' else 'the fastest engine for this model'}; {engine.note}"
+            return (
+                engine,
+                f"{why if name == 'native' else 'the fastest engine for this model'}; {engine.note}",
+            )
         if name == "native":
             raise ValueError(f"engine: got 'native', but {why_not}; wanted 'modules' or 'auto'")
         why = f"not native: {why_not}"

@@ -139,7 +139,9 @@ class NativeEngine(AutogradEngine):
             raise ValueError(f"n_steps: got {n_steps}, but the stream has only {len(sizes)} minibatches left")
         rows = torch.from_numpy(source.rows(self.next_step, n_steps))
         steps = range(self.next_step, self.next_step + n_steps)
-        seeds = [[step_seed(program.plan.seed, step, stream) for stream in (NOISE, BINARISE)] for step in steps]
+        seeds = [
+            [step_seed(program.plan.seed, step, stream) for stream in (NOISE, BINARISE)] for step in steps
+        ]
         data = source.data
         values = data.values if data.values.dtype == torch.uint8 else data.values.to(torch.float32)
         states, counters = self._states()

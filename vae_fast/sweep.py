@@ -45,7 +45,9 @@ def sweep(
     """
     for what, objects in (("trainers", trainers), ("models", [trainer.model for trainer in trainers])):
         if len({id(one) for one in objects}) < max(1, len(trainers)):
-            raise ValueError(f"trainers: got {len(trainers)} with equal {what}, wanted one or more, each its own")
+            raise ValueError(
+                f"trainers: got {len(trainers)} with equal {what}, wanted one or more, each its own"
+            )
     if datasets.is_stream(train):
         raise TypeError(f"train: got a stream, {type(train).__name__}, wanted an array, a tensor or a file")
     runs = [_Run(trainer, train, test, max_samples, report_every) for trainer in trainers]
@@ -62,7 +64,9 @@ def sweep(
                 run.report_if_due()
             bar.update(sum(run.trainer.samples_seen for run in runs) - before)
             if interrupt.happened:
-                raise KeyboardInterrupt(f"stopped after {max(r.trainer.samples_seen for r in runs)} samples each")
+                raise KeyboardInterrupt(
+                    f"stopped after {max(r.trainer.samples_seen for r in runs)} samples each"
+                )
     return [trainer.history for trainer in trainers]
 
 

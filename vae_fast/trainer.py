@@ -302,7 +302,9 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once the steps under way are done and the checkpoint, if any, is
                 saved.
         """
-        source, engine, test_data = self._begin(train, test, max_samples, report_every, checkpoint is not None)
+        source, engine, test_data = self._begin(
+            train, test, max_samples, report_every, checkpoint is not None
+        )
         end = self.samples_seen + max_samples
         every = report_every or max(10_000, source.count or 0)
 
@@ -509,7 +511,9 @@ class Trainer:
         for name, value in ours.items():
             saved = theirs.get(name, "exact" if name == "precision" else None)  # older ones had no other
             if saved != value:
-                raise ValueError(f"{name}: this trainer has {value!r}, the saved one {saved!r}; wanted the same")
+                raise ValueError(
+                    f"{name}: this trainer has {value!r}, the saved one {saved!r}; wanted the same"
+                )
         optimizer = meta["optimizer"]
         kind = type(self.optimizer).__name__
         if optimizer["class"] != kind:

@@ -68,8 +68,8 @@ struct ListedTerms {
   VAE_FAST_INLINE int64_t operator()(int64_t k) const { return terms[k] - base; }
 };
 
-// tile[i, :] += sum_k a[i, k] b[k, :] over `count` terms k. Of a, either the rows i lie side by side (kAcross) and k strides
-// by ld_a, or the other way round.
+// tile[i, :] += sum_k a[i, k] b[k, :] over `count` terms k. Of a, either the rows i lie side by side (kAcross) and k
+// strides by ld_a, or the other way round.
 template <bool kAcross, class Terms>
 VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t count, Terms terms) {
   VF sum[kTileRows][2];

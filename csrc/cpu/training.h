@@ -1,5 +1,5 @@
-// The parts of a training step on a CPU, in the order in which a step runs them (engine/cpu_step.cpp). Plain pointers and
-// sizes. A Matrix is row-major, its rows `ld` floats apart.
+// The parts of a training step on a CPU, in the order in which a step runs them (engine/cpu_step.cpp). Plain pointers
+// and sizes. A Matrix is row-major, its rows `ld` floats apart.
 //
 // Weights, and what an optimizer keeps of them, lie in panels of tile().panel outputs: for each input a row of them, so
 // that element (input k, output n) is [n / panel][k][n % panel], with round_up(inputs, panel) rows to a panel. Columns
@@ -57,8 +57,8 @@ struct Gather {
   Matrix x, operand;    // [batch, cols]
 };
 
-// out = epilogue(in W + bias). With bernoulli, out[r, :] = scale (sigmoid(l) - x[r mod x_rows, :]) of the logits l, which is
-// the gradient of -scale log p(x|z), and log_likelihood[p] = sum_r log p(x|z) over the columns of panel p.
+// out = epilogue(in W + bias). With bernoulli, out[r, :] = scale (sigmoid(l) - x[r mod x_rows, :]) of the logits l,
+// which is the gradient of -scale log p(x|z), and log_likelihood[p] = sum_r log p(x|z) over the columns of panel p.
 struct Forward {
   Epilogue epilogue;
   bool fast;
@@ -74,8 +74,8 @@ struct Forward {
   double* log_likelihood;  // [panels]
 };
 
-// In place of (mean, logvar): the gradients of -scale log N(x; mean, exp(logvar)), times that of the sigmoid if the mean
-// went through one; log_likelihood[r] its sum over a row. logvar starts `half` columns after mean.
+// In place of (mean, logvar): the gradients of -scale log N(x; mean, exp(logvar)), times that of the sigmoid if the
+// mean went through one; log_likelihood[r] its sum over a row. logvar starts `half` columns after mean.
 struct GaussianLoss {
   bool sigmoid_mean, fast;
   int64_t rows, cols, half, x_rows;

@@ -13,7 +13,7 @@ namespace VAE_FAST_CAPABILITY {
 namespace {
 
 // Rows of a product at a time: so many of the left operand stay in the second-level cache while all panels pass.
-constexpr int64_t kRowBlock = 120;  // a multiple of every tile's rows
+constexpr int64_t kRowBlock = 120;                                           // a multiple of every tile's rows
 constexpr int64_t kForwardDepth = 1024, kInputDepth = 512, kRowDepth = 256;  // terms of a sum before it is stored
 static_assert(kRowBlock % kTileRows == 0);
 
@@ -136,7 +136,8 @@ void run_part(const Forward& a, int64_t begin, int64_t end) {
     const int64_t first = item / a.panels * kRowBlock, last = min(a.rows, first + kRowBlock);
     const int64_t p = item % a.panels;
     const float* panel = a.weight + p * panel_rows * kPanel;
-    const int64_t ahead = p + 1 < a.panels ? round_up(a.inputs * kTileRows / (last - first), 1) : 0;  // rows of the next
+    const int64_t ahead =
+        p + 1 < a.panels ? round_up(a.inputs * kTileRows / (last - first), 1) : 0;  // rows of the next
     double log_likelihood = 0;
     in_parts(a.inputs, kForwardDepth, 1, [&](int64_t k, int64_t depth) {
       for (int64_t row = first; row < last; row += kTileRows) {
@@ -207,8 +208,8 @@ void run_part(const LatentBackward& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     float *mu = at(a.heads, b, 0), *logvar = at(a.heads, b, a.half);
     for_each_vector<VF>(0, a.latent, [&](int64_t c, int64_t n) {
-      const VF m = M::load(mu + c, n), lv = M::load(logvar + c, n), half_deviation = constant<VF>(0.5) *
-                                                                                     standard_deviation(lv);
+      const VF m = M::load(mu + c, n), lv = M::load(logvar + c, n),
+               half_deviation = constant<VF>(0.5) * standard_deviation(lv);
       VF sum{}, weighted{};
       for (int64_t s = 0; s < a.samples; ++s) {
         const int64_t row = s * a.batch + b;

@@ -52,8 +52,8 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
 #endif
   }
 
-  // For a >= 2^-126: an estimate of 12 bits or more and a step of Newton's; error 3e-7. A root and a division would take
-  // as long as a tenth of the training step.
+  // For a >= 2^-126: an estimate of 12 bits or more and a step of Newton's; error 3e-7. A root and a division would
+  // take as long as a tenth of the training step.
   static VAE_FAST_INLINE V inverse_sqrt(V a) {
 #if VAE_FAST_VECTOR_BYTES == 64
     const V y = (V)_mm512_rsqrt14_ps((__m512)a);

@@ -122,8 +122,8 @@ void CpuStep::exchange(const std::vector<Parameter>& parameters, const Optimizer
   }
 }
 
-// Columns to whole panels and whole tiles, whichever reads them; never a multiple of a page, whose rows would all fall into
-// the same lines of the cache.
+// Columns to whole panels and whole tiles, whichever reads them; never a multiple of a page, whose rows would all fall
+// into the same lines of the cache.
 Matrix CpuStep::matrix(Buffer& buffer, int64_t rows, int64_t columns) const {
   int64_t ld = round_up(round_up(columns, tile_.rows), tile_.panel);
   if (ld % 256 == 0) ld += tile_.panel;
@@ -212,21 +212,21 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = layers_[i];
     updates_.push_back({fast_,
-                       i > heads_ ? decoded : batch,
-                       layer.inputs,
-                       layer.groups[0],
-                       layer.panels,
-                       layer.in,
-                       layer.grad_out,
-                       i == 0 ? of_columns_.data() : nullptr,
-                       how,
-                       objective_.weight_prior,
-                       layer.weight.data(),
-                       layer.bias.data(),
-                       {layer.state[0].data(), layer.state[1].data()},
-                       {layer.bias_state[0].data(), layer.bias_state[1].data()},
-                       fast_ ? layer.operand.data() : nullptr,
-                       layer.sums.data()});
+                        i > heads_ ? decoded : batch,
+                        layer.inputs,
+                        layer.groups[0],
+                        layer.panels,
+                        layer.in,
+                        layer.grad_out,
+                        i == 0 ? of_columns_.data() : nullptr,
+                        how,
+                        objective_.weight_prior,
+                        layer.weight.data(),
+                        layer.bias.data(),
+                        {layer.state[0].data(), layer.state[1].data()},
+                        {layer.bias_state[0].data(), layer.bias_state[1].data()},
+                        fast_ ? layer.operand.data() : nullptr,
+                        layer.sums.data()});
   }
   cpu::launch(updates_.data(), static_cast<int>(updates_.size()));
 

@@ -26,8 +26,8 @@ struct Network {
   Likelihood likelihood;
 };
 
-// The objective of a step is the minibatch mean of 1/L sum_l log p(x|z_l) - beta KL, or of SGVB-A's estimate of it, plus
-// weight_prior * log N(W; 0, I) for every weight (not bias): weight_prior is 1/N, or 0 for none.
+// The objective of a step is the minibatch mean of 1/L sum_l log p(x|z_l) - beta KL, or of SGVB-A's estimate of it,
+// plus weight_prior * log N(W; 0, I) for every weight (not bias): weight_prior is 1/N, or 0 for none.
 struct Objective {
   Estimator estimator;
   int64_t num_samples;  // L

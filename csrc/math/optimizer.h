@@ -1,5 +1,5 @@
-// One update of one parameter, from the gradient of what is descended. The coefficients that depend on the step's number
-// alone are worked out once for all parameters.
+// One update of one parameter, from the gradient of what is descended. The coefficients that depend on the step's
+// number alone are worked out once for all parameters.
 #pragma once
 
 #include "math.h"
