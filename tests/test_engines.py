@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vae_fast import VAE, datasets, functional, reference
 from vae_fast.batches import ArraySource, StreamSource
-from vae_fast.engines import AutogradEngine, CudaGraphs, Plan, StepProgram, make_engine
+from vae_fast.engines import AutogradEngine, CudaGraphs, Plan, StepProgram, check_engine, make_engine
 from vae_fast.estimators import ESTIMATORS, initial_state, step_seed
 from vae_fast.optim import OPTIMIZERS, make_optimizer
 
@@ -362,15 +362,17 @@ def choose(name: str) -> tuple[Any, str]:
     return make_engine(name, model, optimizer, array_source(data()), Plan(), CPU)
 
 
-def test_auto_takes_modules_and_says_why() -> None:
+def test_auto_takes_native_and_says_why() -> None:
     engine, why = choose("auto")
-    assert engine.name == "modules"
+    assert engine.name == "native"
     assert "fastest" in why
 
 
-def test_native_is_refused_as_not_in_this_version() -> None:
-    with pytest.raises(ValueError, match=r"native.*not in this version"):
-        choose("native")
+def test_modules_and_reference_have_no_fast_precision() -> None:
+    with pytest.raises(ValueError, match="precision: got 'fast' with engine='modules', wanted 'exact'"):
+        check_engine("modules", "fast")
+    with pytest.raises(ValueError, match="precision: got 'half', wanted one of 'exact', 'fast'"):
+        check_engine("auto", "half")
 
 
 def test_an_unknown_engine_is_refused() -> None:

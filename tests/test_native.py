@@ -1,4 +1,5 @@
-"""The native engine computes the steps of the reference engine: in float32 against float64, whatever the model."""
+"""The native engine computes the steps of the reference engine: in float32 against float64, whatever the
+model."""
 
 from __future__ import annotations
 
@@ -231,7 +232,7 @@ def test_a_stream_gives_the_steps_of_its_array() -> None:
     torch.testing.assert_close(*terms, rtol=1e-6, atol=1e-4)
 
 
-# --- what it does not take ------------------------------------------------------------------------------------------
+# --- what it does not take --------------------------------------------------------------------------------
 
 
 def reason(model: vf.VAE, optimizer: Any = "adagrad", **settings: Any) -> str:
@@ -304,7 +305,8 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
         engine._step.prepare(**{**arguments, **change})
 
 
-# --- trouble ----------------------------------------------------------------------------------------------------------
+# --- trouble
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_step_that_is_not_finite_is_found_and_named() -> None:
@@ -340,9 +342,10 @@ def script(tmp_path: Path) -> Iterator[Path]:
             try:
                 trainer = vf.Trainer.load(path, engine="native")
             except FileNotFoundError:
-                trainer = vf.Trainer(vf.VAE(50, [40], 4, seed=0), engine="native", batch_size=50, optimizer="adam", lr=1e-3)
-            print("ready", flush=True)
-            trainer.fit(x, max_samples=samples - trainer.samples_seen, report_every=10_000, checkpoint=path, progress=False)
+                model = vf.VAE(50, [40], 4, seed=0)
+                trainer = vf.Trainer(model, engine="native", batch_size=50, optimizer="adam", lr=1e-3)
+            left = samples - trainer.samples_seen
+            trainer.fit(x, max_samples=left, report_every=10_000, checkpoint=path, progress=False)
             """
         )
     )

@@ -211,7 +211,7 @@ def test_a_gaussian_decoder_and_a_float64_model_train() -> None:
 def test_the_engine_and_its_reason_are_told() -> None:
     trainer = small_trainer()
     fit(trainer)
-    assert trainer.engine_name == "modules"
+    assert trainer.engine_name == "native"
     assert trainer.engine_reason
     reference = small_trainer(engine="reference")
     fit(reference)
@@ -231,7 +231,7 @@ def test_a_bar_that_is_asked_for_shows_engine_data_speed_and_bound(capfd: pytest
     row = fit(trainer, progress="always").last
     out, err = capfd.readouterr()
     assert out == ""
-    for wanted in ("engine modules", "130 rows of 12", "samples/s", f"bound {row.train_bound:.2f}"):
+    for wanted in ("engine native", "130 rows of 12", "samples/s", f"bound {row.train_bound:.2f}"):
         assert wanted in err
 
 
@@ -241,7 +241,7 @@ def test_a_bar_that_is_asked_for_shows_engine_data_speed_and_bound(capfd: pytest
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "native"}, "not in this version"),
+        ({"precision": "half"}, "precision: got 'half', wanted one of 'exact', 'fast'"),
         ({"engine": "turbo"}, "engine: got 'turbo', wanted one of 'auto'"),
         ({"estimator": "iwae"}, "estimator: got 'iwae', wanted one of 'sgvb_b'"),
         ({"order": "sorted"}, "order: got 'sorted', wanted one of 'shuffle'"),

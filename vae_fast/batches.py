@@ -32,8 +32,11 @@ class Source(Protocol):
     most_rows: int  # about the most datapoints of a minibatch
     version: int  # changes when the datapoints have moved to other memory
     note: str  # how the values are read
-    data: Prepared  # what the numbers of rows() are rows of, on the device
     kind: str  # "real", "binary" or "dynamic"; of a stream once its first minibatch was read
+
+    @property
+    def data(self) -> Prepared:
+        """What the numbers of ``rows`` are rows of, on the device."""
 
     def sizes(self, first_step: int, n_steps: int, samples: int | None = None) -> NDArray[np.int64]:
         """Sizes of the minibatches from ``first_step`` on: ``n_steps``, or as few as make up ``samples``.

@@ -1,8 +1,8 @@
 """Training engines: what carries out a run of training steps.
 
 ``reference`` is plain PyTorch. ``modules`` is the same program over the fused operators; on CUDA it becomes
-one graph per minibatch size. ``native`` is the whole step in C++ (:mod:`vae_fast.native`). All compute the same
-curve, because minibatches and noise are functions of (seed, step) alone.
+one graph per minibatch size. ``native`` is the whole step in C++ (:mod:`vae_fast.native`). All compute the
+same curve, because minibatches and noise are functions of (seed, step) alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The native engine: the whole training step in C++, for multi-layer perceptrons.
 
-It computes what ``modules`` computes, from the same minibatches and the same noise; parameters and optimizer state are
-torch's own before and after every run, so checkpoints, evaluation and the other engines see nothing new.
+It computes what ``modules`` computes, from the same minibatches and the same noise; parameters and optimizer
+state are torch's own before and after every run, so checkpoints, evaluation and the other engines see nothing
+new.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from .optim import Adagrad
 RUN_FLOPS = 2e11  # of one run: about a second, in which nobody looks at Ctrl-C
 MOST_STEPS = 1000
 
-# How the engine names an optimizer, what it keeps of a parameter in its order, and which of torch's options must be off
+# How the engine names an optimizer, and what that keeps of a parameter, in the engine's order
 _KINDS: dict[type[torch.optim.Optimizer], tuple[str, tuple[str, ...]]] = {
     Adagrad: ("adagrad", ("sum",)),
     torch.optim.SGD: ("sgd", ("momentum_buffer",)),
     torch.optim.Adam: ("adam", ("exp_avg", "exp_avg_sq")),
     torch.optim.AdamW: ("adamw", ("exp_avg", "exp_avg_sq")),
 }
+# Options of torch's that must be off
 _OFF = ("nesterov", "dampening", "amsgrad", "maximize", "differentiable")
 
 
@@ -75,7 +77,7 @@ def _why_not_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Par
 
 
 def _names(model: Any) -> list[str]:
-    """The parameters of an MLP variational auto-encoder, in the order that csrc/engine/network.h gives them."""
+    """The parameters of an MLP variational auto-encoder, in the order of csrc/engine/network.h."""
     decoder = ("logits",) if model.likelihood == "bernoulli" else ("mean", "logvar")
     layers = [f"encoder.hidden.{2 * i}" for i in range(len(model.encoder.hidden) // 2)]
     layers += ["encoder.mu", "encoder.logvar"]
@@ -89,8 +91,8 @@ def _widths(hidden: nn.Module) -> list[int]:
 
 
 class NativeEngine(AutogradEngine):
-    """Runs steps in C++ (csrc/engine); a single ``step`` on a caller's minibatch, and the search for what was not
-    finite, are the ``modules`` engine's.
+    """Runs steps in C++ (csrc/engine); a single ``step`` on a caller's minibatch, and the search for what
+    was not finite, are the ``modules`` engine's.
     """
 
     def __init__(self, program: StepProgram, precision: str = "exact") -> None:
@@ -168,7 +170,7 @@ class NativeEngine(AutogradEngine):
 
     def _numbers(self) -> dict[str, float]:
         (group,) = self._program.optimizer.param_groups
-        numbers = {
+        numbers: dict[str, float] = {
             key: float(group[key])
             for key in ("lr", "eps", "momentum", "weight_decay", "accumulate_steps")
             if key in group
@@ -178,7 +180,7 @@ class NativeEngine(AutogradEngine):
         return numbers
 
     def _states(self) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """What the optimizer keeps of each parameter, made where it has made nothing yet, and its step counters."""
+        """What the optimizer keeps of each parameter, made where there is nothing yet, and its counters."""
         optimizer = self._program.optimizer
         if self._kind == "sgd" and not optimizer.param_groups[0]["momentum"]:
             return [[] for _ in self._parameters], []
@@ -196,7 +198,7 @@ class NativeEngine(AutogradEngine):
 
 
 def run_together(engines: Sequence[NativeEngine], n_steps: Sequence[int]) -> list[Tensor]:
-    """The next steps of several models at once, a thread for each; one model has all threads. The terms of each.
+    """The next steps of several models at once, a thread for each; one model has all threads. Their terms.
 
     Every model's are those of its own ``run``, bit for bit: its sums do not depend on the number of threads.
     """

@@ -19,7 +19,7 @@ def sweep(
     report_every: int | None = None,
     progress: bool | str = True,
 ) -> list[History]:
-    """Trains several models on the same data, each on ``max_samples`` more samples; their histories, in order::
+    """Trains several models on the same data, each on ``max_samples`` more samples; their histories::
 
         trainers = [
             vf.Trainer(vf.VAE(784, [500], latent_dim=20, seed=seed), lr=lr, seed=seed)
@@ -28,14 +28,14 @@ def sweep(
         ]
         histories = vf.sweep(trainers, train, test, max_samples=1_000_000)
 
-    Each model's curve is that of its own ``fit``, bit for bit. Models that the native engine takes run side by side,
-    one on each thread, which wastes no time waiting for the others as the threads of one model do; the others take
-    turns.
+    Each model's curve is that of its own ``fit``, bit for bit. Models that the native engine takes run side
+    by side, one on each thread, which wastes no time waiting for the others as the threads of one model do;
+    the others take turns.
 
     Args:
         trainers: of one or more models, each of which is in there once.
-        train, test, max_samples, report_every, progress: as in :meth:`vae_fast.Trainer.fit`; ``train`` is an array,
-            tensor or file.
+        train, test, max_samples, report_every, progress: as in :meth:`vae_fast.Trainer.fit`; ``train`` is an
+            array, tensor or file.
 
     Raises:
         ValueError: there is no trainer, one is in there twice, or two of them share a model.

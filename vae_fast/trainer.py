@@ -176,9 +176,10 @@ class Trainer:
         batch_size: M. With ``order="shuffle"`` the last minibatch of an epoch is as small as it must be, and
             counts.
         seed: of minibatches and noise (not of the model's initial values).
-        engine: "reference" (plain PyTorch), "modules" (the fused operators; any model), "native" (the whole step
-            in C++; the multi-layer perceptrons of :class:`vae_fast.VAE`), or "auto", the fastest that can take
-            the model. ``engine_name`` and ``engine_reason`` say which was taken and why, once ``fit`` has begun.
+        engine: "reference" (plain PyTorch), "modules" (the fused operators; any model), "native" (the whole
+            step in C++; the multi-layer perceptrons of :class:`vae_fast.VAE`), or "auto", the fastest that can
+            take the model. ``engine_name`` and ``engine_reason`` say which was taken and why, once ``fit``
+            has begun.
         precision: of the native engine's matrix products. "exact" is float32; "fast" rounds their operands to
             bfloat16 and adds in float32, which is another curve of the same quality.
         estimator: "sgvb_b", "sgvb_a", or the score function without and with a baseline, "score_function",
@@ -195,9 +196,9 @@ class Trainer:
         device: where to train; None leaves the model where it is.
         on_nan: what to do when a step is not finite. "stop" raises :class:`TrainingError`, and the parameters
             are those before that step; "skip" leaves out that step's update; "rollback" returns to the
-            parameters of the last look at them (at most 50 steps ago on a CPU, 1000 on a GPU or with the native
-            engine) and goes on after the bad step. Each names the term, the first bad datapoint and the step, in a warning and in
-            ``incidents``.
+            parameters of the last look at them (at most 50 steps ago on a CPU, 1000 on a GPU or with the
+            native engine) and goes on after the bad step. Each names the term, the first bad datapoint and
+            the step, in a warning and in ``incidents``.
 
     Attributes:
         history, samples_seen, step_count, incidents: of the whole training, resumed parts included.
