@@ -507,9 +507,11 @@ def check(
     reference_seeds: int = 8,
     seeds: int = 4,
     makers: Makers | None = None,
+    farthest: Callable[[str], float] = lambda name: MAX_DISTANCE,
 ) -> dict[str, Any]:
     """Follows each rival as the head of this file says. It is right when its mean bound over ``seeds`` lies
-    within two standard deviations (of single seeds) of that of float64, and its distance is small."""
+    within two standard deviations (of single seeds) of that of float64, and its distance is at most
+    ``farthest`` of its name."""
 
     def summary(bounds: Sequence[float]) -> dict[str, Any]:
         values = torch.tensor(bounds, dtype=torch.float64)
@@ -531,9 +533,9 @@ def check(
                 bounds.append(bound(rival.result(), test))
             line = summary(bounds)
             line["distance"] = distance(name, work, train, makers=makers)
-            line["right"] = (
-                abs(line["mean"] - exact["mean"]) <= 2 * exact["sd"] and line["distance"] <= MAX_DISTANCE
-            )
+            line["right"] = abs(line["mean"] - exact["mean"]) <= 2 * exact["sd"] and line[
+                "distance"
+            ] <= farthest(name)
         except Exception as error:
             line = {"error": _describe(error), "right": False}
         result["rivals"][name] = line

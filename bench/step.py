@@ -22,6 +22,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -234,25 +235,28 @@ def distances(chosen: Sequence[str], work: Work, data: Tensor) -> dict[str, dict
     for name in chosen:
         try:
             value = rivals.distance(name, work, data, steps=GRAPH_STEPS, makers=makers())
-            found[name] = {"distance": value, "right": value <= most_distant(name)}
+            found[name] = {"distance": value, "right": value <= farthest(name)}
         except Exception as error:
             found[name] = {"distance": None, "right": False, "error": _describe(error)}
         rivals._forget()
     return found
 
 
-def most_distant(name: str) -> float:
+def farthest(name: str) -> float:
     """Half-precision products are another curve, and only the bound after hundreds of steps is held to."""
     return float("inf") if name == "native fast" else rivals.MAX_DISTANCE
 
 
 def line(
-    chosen: Sequence[str], work: Work, data: Tensor, *, seconds: float, check: bool, block: float
+    chosen: Sequence[str], work: Work, data: Tensor, *, seconds: float | None, check: bool, block: float
 ) -> dict[str, Any]:
-    """Everything measured of one work; ``chosen`` without the floor, which is always there."""
+    """Everything measured of one work; ``chosen`` without the floor, which is always there. seconds: None
+    times nothing."""
     found: dict[str, Any] = {"flop": flop(work, data.shape[1]), "distances": {}}
     if check and found["flop"] <= MOST_CHECKED_FLOP:
         found["distances"] = distances(chosen, work, data)
+    if seconds is None:
+        return found | {"work": asdict(work), "rivals": {}}
     names = [FLOOR, *chosen]
     return found | rivals.bench(names, work, data, seconds=seconds, block=block, makers=makers())
 
@@ -280,7 +284,7 @@ def run(
     chosen: Sequence[str],
     device: torch.device,
     *,
-    seconds: float,
+    seconds: float | None,
     check: bool,
     command: str,
     done: Callable[[dict[str, Any]], None],
@@ -310,8 +314,9 @@ def run(
                 reference_seeds=5,
                 seeds=2,
                 makers=makers(),
+                farthest=farthest,
             )
-        say(f"timing {work}")
+        say(f"timing {work}" if seconds is not None else f"following float64 with {work}")
         result = {
             **facts,
             "machine": machine.name(device),
@@ -340,7 +345,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
     parser.add_argument("--only", nargs="+", choices=everybody, default=everybody, help="these variants")
-    parser.add_argument("--no-check", action="store_true", help="time only")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--no-check", action="store_true", help="time only")
+    either.add_argument("--check-only", action="store_true", help="time nothing: the machine may be busy")
     parser.add_argument("--seconds", type=float, help="per variant and line (0.5 on a GPU, 6 on a CPU)")
     parser.add_argument("--out", type=Path, help="a folder for JSON files, REPORT.md and step.png")
     arguments = parser.parse_args(argv)
@@ -360,12 +367,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     def say(what: str) -> None:
         print(f"{time.perf_counter() - start:6.1f} s  {what}", file=sys.stderr, flush=True)
 
-    default_seconds = 0.5 if device.type == "cuda" else 6.0
+    default = 0.5 if device.type == "cuda" else 6.0
+    seconds = default if arguments.seconds is None else arguments.seconds
     results = run(
         todo,
         arguments.only,
         device,
-        seconds=default_seconds if arguments.seconds is None else arguments.seconds,
+        seconds=None if arguments.check_only else seconds,
         check=not (arguments.no_check or arguments.quick),
         command=shlex.join(["python", "-m", "bench.step", *argv]),
         done=done,

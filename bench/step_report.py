@@ -152,13 +152,14 @@ def notes(result: Result) -> list[str]:
 
 def text(result: Result) -> str:
     """For a terminal."""
-    lost = loss_rows([result])
-    parts = [
+    lost = report.aligned(loss_rows([result]))
+    timed = [
         report.aligned(rows(result)),
         report.aligned(native_rows([result])),
-        "Where we lose:\n" + report.aligned(lost)
-        if len(lost) > 1
-        else "Where we lose: nowhere in this line.",
+        f"Where we lose:\n{lost}" if lost else "Where we lose: nowhere here.",
+    ]
+    parts = [
+        *(timed if times(result) else []),
         report.aligned(rivals.check_rows(result)),
         report.aligned(distance_rows([result])),
         "\n".join(notes(result)),
@@ -170,7 +171,7 @@ def text(result: Result) -> str:
 
 
 def page(results: Sequence[Result]) -> str:
-    lost = loss_rows(results)
+    lost, timed = loss_rows(results), [result for result in results if times(result)]
     parts = [
         f"# The training step on {results[0]['machine']}",
         (__doc__ or "").split("\n\n", 1)[1].strip().replace("\n", " "),
@@ -179,7 +180,7 @@ def page(results: Sequence[Result]) -> str:
     if len(table := native_rows(results)) > 1:
         parts += ["## The native step", summary.markdown(table)]
     parts += ["## Where we lose", summary.markdown(lost) if len(lost) > 1 else "Nowhere in these runs."]
-    parts += ["## All variants", *(summary.markdown(rows(result)) for result in results)]
+    parts += ["## All variants", *(summary.markdown(rows(result)) for result in timed)]
     checks = {check["work"]["optimizer"]: check for result in results for check in result["checks"]}
     if len(table := rivals.check_rows({"checks": [*checks.values()]})) > 1:
         parts += ["## Are they right?", summary.markdown(table)]
@@ -202,6 +203,7 @@ def _listed(lines: Sequence[str]) -> str:
 
 def figure(results: Sequence[Result]) -> Figure:
     """A panel per work: bars of time per step, the fastest first, ours in blue; the line is the floor."""
+    results = [result for result in results if times(result)]
     heights = [0.85 + 0.24 * len(times(result)) for result in results]
     drawing = plots._figure(8.4, sum(heights) + 0.3)
     axes = drawing.subplots(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -254,13 +256,13 @@ def _bars(ax: Axes, result: Result) -> None:
 
 
 def file_name(result: Result) -> str:
-    work = result["work"]
-    return f"batch-{work['batch']}-hidden-{work['hidden']}-{work['optimizer']}"
+    work, kind = result["work"], "" if times(result) else "check-"
+    return f"{kind}batch-{work['batch']}-hidden-{work['hidden']}-{work['optimizer']}"
 
 
 def read(folder: Path) -> list[Result]:
     """All results that lie in a folder, the paper's size first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("batch-*.json")]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*batch-*.json")]
 
     def order(result: Result) -> tuple[str, int, int]:
         return result["work"]["optimizer"], result["work"]["hidden"], result["work"]["batch"]
@@ -275,7 +277,8 @@ def write(result: Result, folder: Path) -> None:
     payload = json.dumps(result, indent=1) + "\n"
     write_atomically(folder / f"{file_name(result)}.json", payload.encode())
     results = read(folder)
-    picture = io.BytesIO()
-    figure(results).savefig(picture, format="png", dpi=110)
-    write_atomically(folder / "step.png", picture.getvalue())
+    if any(times(result) for result in results):
+        picture = io.BytesIO()
+        figure(results).savefig(picture, format="png", dpi=110)
+        write_atomically(folder / "step.png", picture.getvalue())
     write_atomically(folder / "REPORT.md", page(results).encode())

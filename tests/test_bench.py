@@ -27,6 +27,8 @@ from bench import (
     report,
     resources,
     rivals,
+    step,
+    step_report,
     summary,
     timing,
 )
@@ -254,13 +256,15 @@ def pixels() -> torch.Tensor:
     return torch.rand((64, 12), generator=torch.Generator().manual_seed(1)).round()
 
 
-@pytest.fixture(params=["eager", "fused optimizer", "whole step", "JAX jit", "JAX scan"])
+@pytest.fixture(
+    params=["eager", "fused optimizer", "whole step", "JAX jit", "JAX scan", "native exact", "modules"]
+)
 def rival(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if "JAX" in request.param:
         pytest.importorskip("jax")
     # What torch.compile is given: compiling it takes longer than all other tests of this file together.
     whole = {"whole step": lambda w, s, seed, _: rivals.Compiled(w, s, seed, mode=None)}
-    monkeypatch.setattr(rivals, "MAKERS", rivals.MAKERS | whole)
+    monkeypatch.setattr(rivals, "MAKERS", step.makers() | whole)
     return request.param
 
 
@@ -284,6 +288,10 @@ def test_a_rival_that_is_restarted_forgets_what_it_has_learned(rival: str) -> No
 @pytest.mark.parametrize("optimizer", list(rivals.LEARNING_RATES))
 def test_the_compiled_rival_follows_float64(optimizer: str) -> None:
     assert rivals.distance("compile", replace(TINY, optimizer=optimizer), pixels()) < 1e-4
+
+
+def test_half_precision_follows_float64_less_closely() -> None:
+    assert 1e-3 < rivals.distance("native fast", TINY, pixels(), makers=step.makers()) < 0.1
 
 
 def test_a_rival_draws_new_minibatches_and_noise_at_every_step() -> None:
@@ -352,6 +360,87 @@ def program(folder: Path, body: str) -> Path:
     path.write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
     path.chmod(0o755)
     return path
+
+
+def test_the_floor_multiplies_what_a_step_multiplies() -> None:
+    source = rivals.Source(torch.zeros((4, 784)), 100)
+    floor = step.Products(rivals.Work(), source, seed=0)
+    floor.run(1)
+    assert len(floor.products) == 4 + 4 + 3  # forward, in the weights, in the inputs of all layers but one
+    assert sum(2 * a.numel() * b.shape[1] for a, b, _ in floor.products) == step.flop(rivals.Work(), 784)
+    assert step.flop(rivals.Work(), 784) == 410_000_000
+    for a, b, out in floor.products:
+        torch.testing.assert_close(out, a @ b)
+
+
+def test_an_engine_that_is_not_there_is_left_out_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "OURS", {"modules": ("modules", "exact"), "warp": ("warp", "exact")})
+    found, missing = step.ours_here(CPU)
+    assert found == {"modules": "asked for"}
+    assert len(missing) == 1 and missing[0].startswith("warp: ValueError: engine: got 'warp'")
+
+
+def step_result(**medians: float) -> dict[str, object]:
+    """A line of bench.step; an underscore stands for a space."""
+    entries = {
+        name.replace("_", " "): {"median": time, "low": 0.9 * time, "high": 1.2 * time, "how": "clock"}
+        for name, time in medians.items()
+    }
+    work = asdict(rivals.Work())
+    return {"work": work, "flop": 10**6, "rivals": entries, "missing": [], "checks": [], "distances": {}}
+
+
+def test_ratios_of_the_step_are_to_the_best_rival_and_to_the_floor() -> None:
+    result = step_result(matrix_floor=100.0, native_exact=125.0, modules=500.0, eager=400.0, JAX_scan=250.0)
+    table = {row[0]: row[1:] for row in step_report.rows(result)[1:]}
+    assert list(table) == ["matrix floor (10 GFLOP/s)", "native exact", "JAX scan", "eager", "modules"]
+    assert table["native exact"] == ["125.0", "112.5 to 150.0", "800,000", "0.50", "0.80"]
+    assert table["modules"][-2:] == ["2.00", "0.20"]
+    assert step_report.native_rows([result])[1][1:] == ["125.0", "0.50", "-", "0.50", "JAX scan", "0.80"]
+
+
+def test_the_step_report_names_the_rivals_that_win() -> None:
+    won = step_result(matrix_floor=1.0, native_exact=2.0, eager=4.0)
+    lost = step_result(matrix_floor=1.0, native_exact=8.0, eager=4.0, JAX_scan=2.0, compile=9.0)
+    assert step_report.losses([won]) == []
+    (loss,) = step_report.losses([won, lost])
+    assert loss == (str(rivals.Work()), "native exact", ["JAX scan", "eager"], 4.0)
+
+
+def test_the_step_command_writes_json_a_report_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = (255 * pixels()).to(torch.uint8)
+    monkeypatch.setattr(vae_fast.datasets, "mnist", lambda: (images, images))
+    monkeypatch.setattr(rivals, "MAKERS", {"eager": rivals.MAKERS["eager"]})
+    bounds = {"work": asdict(TINY), "reference": {"mean": -1.0, "sd": 0.1}, "rivals": {}}
+    monkeypatch.setattr(rivals, "check", lambda *_, **__: bounds)  # which has tests of its own
+    monkeypatch.setattr(step, "BLOCK_SECONDS", {"cpu": 0.01})
+    threads = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    before = torch.get_num_threads()
+    arguments = ["--device", "cpu", "--threads", threads, "--batch", "8", "--hidden", "6", "--seconds", "0"]
+    step.main([*arguments, "--optimizer", "adam", "--out", str(tmp_path)])
+    torch.set_num_threads(before)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"batch-8-hidden-6-adam.json", "REPORT.md", "step.png"}
+    (result,) = step_report.read(tmp_path)
+    assert result["rivals"].keys() == {"matrix floor", "native exact", "native fast", "modules", "eager"}
+    assert all(entry["median"] > 0 for entry in result["rivals"].values())
+    assert {name for name, entry in result["distances"].items() if entry["right"]} == {*step.OURS, "eager"}
+    assert "of floor" in capsys.readouterr().out
+    page = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
+    assert result["command"] in page and "Where we lose" in page
+
+
+def test_turns_in_which_others_had_the_processors_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", torch.get_num_threads)  # none to spare
+    assert timing._disturbed((10.0, 5.0), (11.0, 5.5), 1.0)  # half a processor went to others
+    assert not timing._disturbed((10.0, 5.0), (11.0, 5.9), 1.0)
+    assert not timing._disturbed((10.0, 5.0), (11.0, 5.0), 0.01)  # too short for the system's clock
+    calm = timing._undisturbed([(1.0, False)] * 5 + [(9.0, True)] * 6)
+    assert (calm.median, calm.high, calm.count) == (1.0, 1.0, 5) and "without 6 turns" in calm.how
+    busy = timing._undisturbed([(1.0, False)] * 4 + [(9.0, True)] * 6)
+    assert (busy.median, busy.count) == (9.0, 10) and "while others" in busy.how
 
 
 def test_what_was_measured_before_a_trap_or_a_hang_is_kept(tmp_path: Path) -> None:
