@@ -556,7 +556,7 @@ def _forget() -> None:
 
 def _calls(rival: Rival, seconds: float) -> int:
     """How many calls make a block of so many seconds; warms up."""
-    rival.run(2)
+    rival.run(2 if rival.unit <= GRAPH_STEPS else 1)  # one epoch is warm-up enough
     rival.finish()
     calls = 1
     while True:
