@@ -119,7 +119,7 @@ def native_rows(results: Sequence[Result]) -> Rows:
 def loss_rows(results: Sequence[Result]) -> Rows:
     table = [["work", "ours", "our time ÷ the best rival's", "faster rivals"]]
     for work, ours, faster, ratio in losses(results):
-        table.append([work, ours, f"{ratio:.2f}", ", ".join(faster)])
+        table.append([work, ours, f"{ratio:.2f}", "; ".join(faster)])
     return table
 
 
@@ -184,6 +184,8 @@ def page(results: Sequence[Result]) -> str:
     checks = {check["work"]["optimizer"]: check for result in results for check in result["checks"]}
     if len(table := rivals.check_rows({"checks": [*checks.values()]})) > 1:
         parts += ["## Are they right?", summary.markdown(table)]
+    else:
+        parts += ["## Are they right?", "Not checked in these runs; `--check-only` does it."]
     if len(table := distance_rows(results)) > 1:
         parts.append(summary.markdown(table))
     how = {name: why for result in results for name, why in result["ours"].items()}
@@ -217,7 +219,9 @@ def _bars(ax: Axes, result: Result) -> None:
     timed = sorted(times(result).items(), key=lambda entry: entry[1])
     slowest = max(time for _, time in timed)
     unit, scale = ("ms", 1e3) if slowest >= 2000 else ("µs", 1.0)
-    plots._style(ax, f"{title(result)} — {unit}")
+    least = floor(result)
+    line = "" if least is None else f" (line: the matrix floor, {least / scale:#.3g})"
+    plots._style(ax, f"{title(result)}: {unit}{line}")
     ax.grid(False, axis="y")
     for row, (name, time) in enumerate(timed):
         entry = result["rivals"][name]
@@ -226,7 +230,7 @@ def _bars(ax: Axes, result: Result) -> None:
         ax.barh(row, time / scale, 0.72, color=colour, zorder=2)
         ax.errorbar(time / scale, row, xerr=[[low], [high]], color=plots.QUIET, lw=1, zorder=3)
         ax.annotate(
-            f"{time / scale:.3g}",
+            f"{time / scale:#.3g}",
             (max(time, entry["high"]) / scale, row),
             (4, 0),
             textcoords="offset points",
@@ -234,17 +238,8 @@ def _bars(ax: Axes, result: Result) -> None:
             fontsize=8,
             color=plots.INK,
         )
-    if (least := floor(result)) is not None:
+    if least is not None:
         ax.axvline(least / scale, color=plots.TRAIN, lw=1.2, zorder=4)
-        ax.annotate(
-            "matrix floor",
-            (least / scale, 1),
-            (3, 2),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            fontsize=8,
-            color=plots.TRAIN,
-        )
     ax.set_yticks(range(len(timed)), [name for name, _ in timed], fontsize=8)
     for label, (name, _) in zip(ax.get_yticklabels(), timed, strict=True):
         label.set_color(plots.TEST if name in OURS else plots.INK)
