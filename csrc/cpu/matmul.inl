@@ -91,18 +91,25 @@ VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const fl
   for (int i = 0; i < kTileRows; ++i) tile.sum[i][0] = sum[i][0], tile.sum[i][1] = sum[i][1];
 }
 
+VAE_FAST_INLINE const int32_t* first_at_least(const int32_t* begin, const int32_t* end, int64_t value) {
+  if (begin < end && end[-1] < value) return end;
+  while (begin < end) {
+    const int32_t* middle = begin + (end - begin) / 2;
+    if (*middle < value)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
 // The same for k in [first, first + count), where a list, if there is one, names the terms that are not zero.
 template <bool kAcross>
 VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t first, int64_t count,
                               const TermList* list) {
   if (!list || list->count == list->of) return multiply<kAcross>(tile, a, ld_a, b, count, EveryTerm{});
-  const int32_t *begin = list->terms, *end = begin + list->count;
-  if (count < list->of) {
-    while (begin < end && *begin < first) ++begin;
-    const int32_t* last = begin;
-    while (last < end && *last < first + count) ++last;
-    end = last;
-  }
+  const int32_t* const begin = first_at_least(list->terms, list->terms + list->count, first);
+  const int32_t* const end = first_at_least(begin, list->terms + list->count, first + count);
   multiply<kAcross>(tile, a, ld_a, b, end - begin, ListedTerms{begin, first});
 }
 
