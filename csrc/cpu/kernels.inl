@@ -15,32 +15,35 @@ namespace {
 
 VAE_FAST_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// sum_c term(c, n) over a row, where term gives the vector of elements [c, c + n); group(c) is the sum of `kGroup` full
-// ones from c on. Blocks of 64 vectors are summed in float lanes and added up in double: the error does not grow with
-// the width of the row.
-template <class V, int kGroup, class Group, class Term>
-VAE_FAST_INLINE double row_sum_in_groups(int64_t cols, Group group, Term term) {
-  constexpr int64_t lanes = Memory<V>::lanes, step = kGroup * lanes, block = 64 / kGroup * step;
+// The sum over a row of blocks and a rest: block(c, k) gives the sum, in float lanes, of the k <= kBlock full vectors
+// from element c on, rest(c, n) the vector of the last n elements. Blocks add up in double: the error does not grow
+// with the width of the row.
+template <class V, int kBlock, class Block, class Rest>
+VAE_FAST_INLINE double row_sum_in_blocks(int64_t cols, Block block, Rest rest) {
+  constexpr int64_t lanes = Memory<V>::lanes;
   double total = 0;
   int64_t c = 0;
-  while (c + step <= cols) {
-    int64_t block_end = min(c + block, cols - step + 1);
-    V sum{};
-    for (; c < block_end; c += step) sum = sum + group(c);
-    total += Memory<V>::sum(sum);
+  while (c + lanes <= cols) {
+    const int64_t vectors = min((cols - c) / lanes, kBlock);
+    total += Memory<V>::sum(block(c, vectors));
+    c += vectors * lanes;
   }
-  if constexpr (kGroup > 1) {
-    V sum{};
-    for (; c + lanes <= cols; c += lanes) sum = sum + term(c, lanes);
-    total += Memory<V>::sum(sum);
-  }
-  if (c < cols) total += Memory<V>::sum(Memory<V>::keep(term(c, cols - c), cols - c));
+  if (c < cols) total += Memory<V>::sum(Memory<V>::keep(rest(c, cols - c), cols - c));
   return total;
 }
 
+// sum_c term(c, n) over a row, where term gives the vector of elements [c, c + n)
 template <class V, class Term>
 VAE_FAST_INLINE double row_sum(int64_t cols, Term term) {
-  return row_sum_in_groups<V, 1>(cols, [&](int64_t c) { return term(c, Memory<V>::lanes); }, term);
+  constexpr int64_t lanes = Memory<V>::lanes;
+  return row_sum_in_blocks<V, 64>(
+      cols,
+      [&](int64_t c, int64_t vectors) {
+        V sum{};
+        for (int64_t k = 0; k < vectors; ++k) sum = sum + term(c + k * lanes, lanes);
+        return sum;
+      },
+      term);
 }
 
 template <class V, class Body>
@@ -324,18 +327,15 @@ void philox_normal(const PhiloxNormal& a, int64_t begin, int64_t end) {
 // The sum of log p over a row, where add(sum, c, n) adds the elements [c, c + n).
 template <class V, class Add>
 VAE_FAST_INLINE double bernoulli_row_sum(int64_t cols, Add add) {
-  return row_sum_in_groups<V, BernoulliSum<V>::kMost>(
-      cols,
-      [&](int64_t c) {
-        BernoulliSum<V> sum;
-        for (int k = 0; k < sum.kMost; ++k) add(sum, c + k * Memory<V>::lanes, Memory<V>::lanes);
-        return sum.log_likelihood();
-      },
-      [&](int64_t c, int64_t n) {
-        BernoulliSum<V> sum;
-        add(sum, c, n);
-        return sum.log_likelihood();
-      });
+  constexpr int64_t lanes = Memory<V>::lanes;
+  const auto sum = [&](int64_t c, int64_t vectors, int64_t n) {
+    BernoulliSum<V> block;
+    for (int64_t k = 0; k < vectors; ++k) add(block, c + k * lanes, n);
+    return block.log_likelihood();
+  };
+  return row_sum_in_blocks<V, BernoulliSum<V>::kMost>(
+      cols, [&](int64_t c, int64_t vectors) { return sum(c, vectors, lanes); },
+      [&](int64_t c, int64_t n) { return sum(c, 1, n); });
 }
 
 // Row r of the targets: something to add an index to and load from
@@ -355,8 +355,12 @@ void bernoulli_forward(const BernoulliForward& a, int64_t begin, int64_t end) {
     const T* logits = static_cast<const T*>(a.logits) + r * a.cols;
     const auto x = target_row(static_cast<const X*>(a.x), r % a.x_rows, a.cols);
     double sum = bernoulli_row_sum<V>(a.cols, [&](BernoulliSum<V>& group, int64_t c, int64_t n) {
-      group.add(M::load(logits + c, n), M::load(x + c, n));
+      group.add_finite(M::load(logits + c, n), M::load(x + c, n));
     });
+    if (sum != sum)  // a NaN, or an infinite logit
+      sum = bernoulli_row_sum<V>(a.cols, [&](BernoulliSum<V>& group, int64_t c, int64_t n) {
+        group.add(M::load(logits + c, n), M::load(x + c, n));
+      });
     static_cast<Scalar<T>*>(a.log_likelihood)[r] = static_cast<Scalar<T>>(sum);
   }
 }

@@ -32,6 +32,11 @@ struct Math<cpu::VAE_FAST_CAPABILITY::VF> {
   static VAE_FAST_INLINE V from_bits(Uint u) { return (V)u; }
   static VAE_FAST_INLINE Uint bits(V a) { return (Uint)a; }
   static VAE_FAST_INLINE V minus_abs(V a) { return from_bits(bits(a) | 0x80000000u); }
+  // for a magnitude >= 0
+  static VAE_FAST_INLINE V copysign(V magnitude, V sign) {
+    return from_bits(bits(magnitude) | (bits(sign) & 0x80000000u));
+  }
+  static VAE_FAST_INLINE Int sign_bit(V a) { return (Int)a < Int{}; }
   static VAE_FAST_INLINE V from_int(Int i) { return __builtin_convertvector(i, V); }
   // Correctly rounded, as the GPU's conversion is: both halves are exact, their sum rounds once.
   static VAE_FAST_INLINE V from_uint(Uint u) {

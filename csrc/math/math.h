@@ -102,6 +102,8 @@ struct Math<float> {
   using Uint = uint32_t;
   static VAE_FAST_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
   static VAE_FAST_INLINE float minus_abs(float a) { return -::fabsf(a); }
+  static VAE_FAST_INLINE float copysign(float magnitude, float sign) { return ::copysignf(magnitude, sign); }
+  static VAE_FAST_INLINE bool sign_bit(float a) { return static_cast<int32_t>(bits(a)) < 0; }  // also of -0 and NaN
   // a / b for b in [1, 2]; on a GPU the hardware's reciprocal and a Newton step, without the branches of a
   // division; error 0.9 units in the last place where the reciprocal errs by one
   static VAE_FAST_INLINE float quotient(float a, float b) {
@@ -156,6 +158,8 @@ struct Math<double> {
   using Scalar = double;
   static VAE_FAST_INLINE double fma(double a, double b, double c) { return a * b + c; }
   static VAE_FAST_INLINE double minus_abs(double a) { return -::fabs(a); }
+  static VAE_FAST_INLINE double copysign(double magnitude, double sign) { return ::copysign(magnitude, sign); }
+  static VAE_FAST_INLINE bool sign_bit(double a) { return ::copysign(1.0, a) < 0.0; }
   static VAE_FAST_INLINE double quotient(double a, double b) { return a / b; }
   static VAE_FAST_INLINE double sqrt(double a) { return ::sqrt(a); }
   static VAE_FAST_INLINE double exp(double a) { return ::exp(a); }
