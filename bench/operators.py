@@ -349,32 +349,33 @@ def bench(
 
 
 def host_times(ops: Sequence[Operator], device: torch.device) -> list[dict[str, Any]]:
-    """Host microseconds per call: ours, eager, and one native operator. On a GPU at the sizes of a VAE, the
-    device's work left queued; on a CPU of one element, where next to nothing is left to compute."""
+    """Microseconds per call at the sizes of a VAE: ours, eager, and one native operator. On a GPU of the
+    host, the device's work left queued; on a CPU of the whole call, so there also of one element, where next
+    to nothing is left to compute."""
     lines = []
-    cuda = device.type == "cuda"
+    elements = [] if device.type == "cuda" else [(1, 1)]
     for op in ops:
-        shape = (1, 1) if not cuda else (128, 784) if op.shapes is DATA_SHAPES else (128, 20)
-        sets = Sets(op, shape, torch.float32, device)
-        for direction in ("forward", "both"):
-            line: dict[str, Any] = {"operator": op.name, "shape": shape, "direction": direction}
-            for name, call in {"ours": op.ours, "eager": op.eager}.items():
-                line[name] = sets.host_time(name, call, direction).to_dict()
-            lines.append(line)
-    shape = (128, 784) if cuda else (1, 1)
-    a, b = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
-    upstream = torch.randn(shape, device=device)
+        for shape in [*elements, (128, 784) if op.shapes is DATA_SHAPES else (128, 20)]:
+            sets = Sets(op, shape, torch.float32, device)
+            for direction in ("forward", "both"):
+                line: dict[str, Any] = {"operator": op.name, "shape": shape, "direction": direction}
+                for name, call in {"ours": op.ours, "eager": op.eager}.items():
+                    line[name] = sets.host_time(name, call, direction).to_dict()
+                lines.append(line)
+    for shape in [*elements, (128, 784), (128, 20)]:
+        a, b = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
+        upstream = torch.randn(shape, device=device)
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return torch.mul(a, b)
+        def forward(a: Tensor = a, b: Tensor = b) -> Tensor:
+            with torch.no_grad():
+                return torch.mul(a, b)
 
-    def both() -> Outputs:
-        return torch.autograd.grad(torch.mul(a, b), (a, b), upstream)
+        def both(a: Tensor = a, b: Tensor = b, upstream: Tensor = upstream) -> Outputs:
+            return torch.autograd.grad(torch.mul(a, b), (a, b), upstream)
 
-    for direction, call in {"forward": forward, "both": both}.items():
-        native = host_time(call, device).to_dict()
-        lines.append({"operator": "torch.mul", "shape": shape, "direction": direction, "native": native})
+        for direction, call in {"forward": forward, "both": both}.items():
+            native = host_time(call, device).to_dict()
+            lines.append({"operator": "torch.mul", "shape": shape, "direction": direction, "native": native})
     return lines
 
 

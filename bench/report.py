@@ -54,7 +54,8 @@ def losses(result: dict[str, Any]) -> list[tuple[Line, str, float]]:
 
 
 def operator_rows(result: dict[str, Any]) -> Rows:
-    elsewhere = {(line["operator"], line["direction"]): line for line in result.get("host", [])}
+    # the first size of each: on a CPU one element
+    elsewhere = {(line["operator"], line["direction"]): line for line in reversed(result.get("host", []))}
     autotuned = any(COMPILED[1] in line["variants"] for line in result["operators"])
     columns = ["ours", "eager", COMPILED[0], *([COMPILED[1]] if autotuned else []), "copy"]
     ratios, memory = ["ours/copy", "eager/ours", "compile/ours"], ["MB", "eager MB", "compile MB"]
@@ -268,7 +269,11 @@ def _over_copy(line: Line, variants: str | tuple[str, ...]) -> float | None:
 
 def page(result: dict[str, Any]) -> str:
     """The result as one HTML file that needs nothing but a browser."""
-    host = "the device's work left queued" if result["device"].startswith("cuda") else "of one element"
+    host = (
+        "the device's work left queued"
+        if result["device"].startswith("cuda")
+        else "of the whole call: the line of one element is what a call costs beside its arithmetic"
+    )
     lost = loss_rows(result)
     sections = [
         _section(

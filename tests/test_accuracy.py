@@ -147,6 +147,26 @@ def test_bernoulli_at_infinite_logits(device):
     assert grad.flatten().tolist() == [0.0, 0.0, -1.0, 1.0]
 
 
+def test_infinite_logits_that_predict_right_cost_nothing_in_a_wide_row(device):
+    generator = torch.Generator().manual_seed(7)
+    logits, x = torch.randn(2, 500, generator=generator), torch.rand(2, 500, generator=generator)
+    logits[0, 3], x[0, 3] = float("inf"), 1.0
+    logits[0, 498], x[0, 498] = -float("inf"), 0.0
+    others = torch.ones(500, dtype=torch.bool)
+    others[[3, 498]] = False
+    out = vf.bernoulli_log_likelihood(logits.to(device), x.to(device)).cpu().double()
+    exact = vf.reference.bernoulli_log_likelihood(logits[:, others].double(), x[:, others].double())
+    torch.testing.assert_close(out[0], exact[0], rtol=1e-6, atol=0)
+
+
+def test_a_wide_row_of_undecided_logits_does_not_overflow(device):
+    """exp(-|l|) is 1 there, so products of 1 + exp(-|l|) grow fastest."""
+    out = vf.bernoulli_log_likelihood(
+        torch.zeros(1, 20_000, device=device), torch.full((1, 20_000), 0.5, device=device)
+    )
+    torch.testing.assert_close(out.cpu().double(), torch.tensor([-20_000 * math.log(2)]).double())
+
+
 def test_half_precision_logits_keep_their_gradient_where_sigmoid_then_bce_gives_nan(device):
     logits = torch.tensor([[9.0, 12.0, -12.0]], dtype=torch.float16, device=device, requires_grad=True)
     x = torch.tensor([[0.0, 1.0, 0.0]], device=device)
