@@ -12,6 +12,9 @@
 // In the source, not on the command line: every build system then compiles it alike. To the end of the file, because
 // templates are instantiated there; the standard headers stand above, outside of it.
 #pragma GCC target("avx2,fma,f16c")
+// Order instructions before registers are given out, which GCC leaves to the processor on x86: the long chains of the
+// noise then overlap more (normals in 0.88 of the time; nothing else changed).
+#pragma GCC optimize("schedule-insns", "sched-pressure")
 
 #define VAE_FAST_CAPABILITY avx2
 #define VAE_FAST_VECTOR_BYTES 32
