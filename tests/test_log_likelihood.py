@@ -179,8 +179,8 @@ def test_it_is_the_same_each_time_and_leaves_torchs_generator_alone(near: Linear
 def test_appendix_d_is_within_a_tenth_of_a_nat_of_the_exact_evidence(
     model: LinearGaussian, x: Tensor
 ) -> None:
-    """3 latent variables, 4 leapfrog steps; the encoder is far from the posterior, and not used."""
-    result = marginal_likelihood(model, x, num_samples=150)
+    """3 latent variables, as it is called by default; the encoder is far from the posterior, and not used."""
+    result = marginal_likelihood(model, x)
     assert result.mean == pytest.approx(model.evidence(x).mean().item(), abs=0.1)
     assert result.acceptance.mean().item() == pytest.approx(0.9, abs=0.08)
     assert 0 < result.standard_error < 0.05
@@ -188,8 +188,8 @@ def test_appendix_d_is_within_a_tenth_of_a_nat_of_the_exact_evidence(
 
 def test_appendix_d_with_the_papers_fifty_samples_is_a_little_high(model: LinearGaussian, x: Tensor) -> None:
     """Jensen's inequality: the mean is of 1 / p(x)."""
-    difference = marginal_likelihood(model, x).per_datapoint - model.evidence(x)
-    assert 0.05 < difference.mean() < 0.35
+    difference = marginal_likelihood(model, x, num_samples=50).per_datapoint - model.evidence(x)
+    assert 0.1 < difference.mean() < 0.35
     assert difference.abs().median() < 0.4
 
 
