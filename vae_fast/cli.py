@@ -1000,6 +1000,7 @@ _LEAST_DRAWS = 0.1  # of the variance experiment, which scale 1 does in about a 
 @click.option("--panels", metavar="NAMES", help="Only these, such as mnist-20,frey-2 or n-1000.")
 @click.option("--data", metavar="DIR", help="Folder of MNIST's four files. Default: the bundled ones.")
 @click.option("--frey", metavar="FILE", help="Frey Face, uint8 [1965, 560]; left out without it.")
+@click.option("--draw-only", is_flag=True, help="Draw what --out holds of a figure, and train nothing.")
 @_SEED
 @click.option(
     "--device", default="auto", help="cpu, cuda or cuda:1. auto: a GPU where this build can use one."
@@ -1011,6 +1012,7 @@ def reproduce(
     panels: str | None,
     data: str | None,
     frey: str | None,
+    draw_only: bool,
     seed: int,
     device: str,
 ) -> None:
@@ -1034,6 +1036,8 @@ def reproduce(
 
     if panels is not None and what not in ("figure2", "figure3"):
         raise click.UsageError(f"--panels: found it with {what}; wanted figure2 or figure3")
+    if draw_only and what in ("variance", "all"):
+        raise click.UsageError(f"--draw-only: found it with {what}; wanted one of the figures")
     command = shlex.join(["vae-fast", "reproduce", *_given(click.get_current_context(), without=())])
     how: dict[str, Any] = {"seed": seed, "device": _device(device)}
     with _writing(out):
@@ -1050,7 +1054,7 @@ def reproduce(
                 click.echo(result.table(), nl=False)
                 click.echo(f"{name}: {Path(out) / module.FIGURE}")
                 continue
-            options = {**how, "scale": scale, "mnist": data, "command": command}
+            options = {**how, "scale": scale, "mnist": data, "command": command, "draw_only": draw_only}
             if name in ("figure2", "figure4"):
                 options["frey"] = frey
             if panels is not None:

@@ -136,11 +136,14 @@ def advance(
     seed: int = 0,
     device: str = "cpu",
     progress: bool = True,
+    draw_only: bool = False,
 ) -> dict[tuple[str, str], list[Point]]:
     """Trains what is missing of the curves, one after the other; all their points, by (panel, algorithm).
 
+    With ``draw_only`` nothing is trained and nothing written: a curve that has not begun has no points.
+
     Raises:
-        CurveError: the folder holds another curve of that name.
+        CurveError: the folder holds another curve of that name; or with ``draw_only``, none of them.
         KeyboardInterrupt: after Ctrl-C; the same call goes on.
     """
     stops = points_to(samples, first)
@@ -150,11 +153,14 @@ def advance(
         folder = out / "curves" / curve.name
         train, test = data[curve.data]
         train = replace(train, values=train.values[: curve.rows])
-        _claim(folder, curve, train, seed)
+        if not draw_only or (folder / SPEC).exists():
+            _claim(folder, curve, train, seed)
         points = _read_points(folder)
         found[curve.panel, curve.algorithm] = points
-        if not points or points[-1].samples < stops[-1]:
+        if not draw_only and (not points or points[-1].samples < stops[-1]):
             jobs.append((curve, folder, train, test, points))
+    if draw_only and not any(found.values()):
+        raise CurveError(f"{out}: found none of the curves, wanted one or more to draw")
     total = sum(stops[-1] - (points[-1].samples if points else 0) for *_, points in jobs)
     with _Progress(total, progress) as bar:
         for curve, folder, train, test, points in jobs:
@@ -169,10 +175,12 @@ def model(curve: Curve, out: Path) -> VAE:
 
 
 def settings(curves: Sequence[Curve], out: Path, **how: Any) -> dict[str, Any]:
-    """What a figure was made with: JSON-able."""
+    """What a figure was made with: JSON-able. Curves that have not begun are left out."""
     made = {}
     for curve in curves:
         folder = out / "curves" / curve.name
+        if not (folder / CHECKPOINT).exists():
+            continue
         meta = checkpoints.load(folder / CHECKPOINT)[1]
         made[curve.name] = {
             "samples": meta["samples_seen"],
@@ -181,6 +189,17 @@ def settings(curves: Sequence[Curve], out: Path, **how: Any) -> dict[str, Any]:
             "curve": json.loads((folder / SPEC).read_text(encoding="utf-8")),
         }
     return {**how, "curves": made, "versions": build_info()}
+
+
+def unfinished(points: Mapping[tuple[str, str], Sequence[Point]], samples: int) -> list[str]:
+    """A sentence that names the curves which end before ``samples``, or none."""
+    stop = points_to(samples, first=0)[-1]
+    short = [
+        f"{panel} {algorithm} ({found[-1].samples if found else 0:,})"
+        for (panel, algorithm), found in points.items()
+        if not found or found[-1].samples < stop
+    ]
+    return [f"Trained for fewer than {stop:,} samples: {', '.join(short)}."] if short else []
 
 
 # ---- one curve ---------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ def run(
     first: int = FIRST,
     progress: bool = True,
     command: str = "",
+    draw_only: bool = False,
 ) -> dict[str, Any]:
     """Trains what is missing, and writes figure4.json, .png and .html into ``out``; returns what the JSON
     holds.
@@ -39,7 +40,8 @@ def run(
     chosen = [key for key in GRIDS if key.split("-")[0] in data]
     if not chosen:
         raise CurveError(" ".join(notes))
-    made = sheets.train(chosen, out, data, round(scale * FULL), first, seed, device, progress)
+    samples = round(scale * FULL)
+    made, short = sheets.train(chosen, out, data, samples, first, seed, device, progress, draw_only)
     pictures = {}
     for key, model in made.items():
         name, n = GRIDS[key]
@@ -53,7 +55,7 @@ def run(
         "E[x | z] at the quantiles (i + ½) / n of the prior of two latent variables.",
         pictures,
         settings,
-        notes,
+        [*notes, *short],
         Path(out),
         command,
     )

@@ -24,6 +24,7 @@ def run(
     first: int = FIRST,
     progress: bool = True,
     command: str = "",
+    draw_only: bool = False,
 ) -> dict[str, Any]:
     """Trains what is missing, and writes figure5.json, .png and .html into ``out``; returns what the JSON
     holds.
@@ -33,10 +34,11 @@ def run(
     """
     data, notes = curves.load_data(["mnist"], mnist, None)
     keys = [f"mnist-{latent}" for latent in LATENTS]
-    made = sheets.train(keys, out, data, round(scale * FULL), first, seed, device, progress)
+    samples = round(scale * FULL)
+    made, short = sheets.train(keys, out, data, samples, first, seed, device, progress, draw_only)
     pictures = {
-        f"{latent} latents": plots.tile(model.sample(SIDE**2, seed=seed), None, SIDE, gap=0)
-        for latent, model in zip(LATENTS, made.values(), strict=True)
+        f"{model.latent_dim} latents": plots.tile(model.sample(SIDE**2, seed=seed), None, SIDE, gap=0)
+        for model in made.values()
     }
     settings = curves.settings(
         [figure2.curve(key) for key in keys], Path(out), scale=scale, seed=seed, device=device
@@ -47,7 +49,7 @@ def run(
         "E[x | z] for draws of z from N(0, I).",
         pictures,
         settings,
-        notes,
+        [*notes, *short],
         Path(out),
         command,
     )

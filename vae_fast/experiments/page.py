@@ -26,6 +26,7 @@ PARTS = {"test": plots.TEST, "train": plots.TRAIN}
 LABELS = {"aevb": "AEVB", "wake-sleep": "wake-sleep", "mcem": "Monte Carlo EM"}
 _IN_THE_PAPER = {"aevb": ("AEVB",), "wake-sleep": ("WS", "Wake-Sleep"), "mcem": ("MCEM",)}
 _DASHES: dict[str, Any] = {"aevb": "-", "wake-sleep": (0, (4, 1.6)), "mcem": (0, (1, 1.2))}
+_PAPER = "paper: "
 _STATES = {True: "holds", False: "does not hold", None: "open"}
 
 
@@ -171,11 +172,17 @@ def plot(result: Result) -> Figure:
             if i == len(result.rows) - 1:
                 ax.set_xlabel("training samples", color=plots.QUIET)
     handles = {str(line.get_label()): line for ax in figure.axes for line in ax.get_lines()}
+    ours = [label for label in handles if not label.startswith(_PAPER)]
+    ours.sort(key=lambda label: [*LABELS.values()].index(label.split(",")[0]))  # by algorithm, test first
+    theirs = [_PAPER + label for label in ours if _PAPER + label in handles]
+    # A legend is filled column by column: where there is room, ours stand above the paper's, else beside.
+    wide = columns > 2 and len(theirs) == len(ours)
+    labels = [label for pair in zip(ours, theirs, strict=True) for label in pair] if wide else ours + theirs
     figure.legend(
-        list(handles.values()),
-        list(handles),
+        [handles[label] for label in labels],
+        labels,
         loc="outside lower center",
-        ncols=3 if columns > 2 else 2,
+        ncols=len(ours) if wide else 2,
         frameon=False,
         fontsize=8.5,
         labelcolor=plots.INK,
@@ -190,7 +197,7 @@ def _draw(ax: Axes, result: Result, panel: Panel, end: int) -> None:
     low, high = (min(1e5, end / 10), max(1e8, end)) if result.log_axis else (0.0, float(end))
     for algorithm, part, points, drawn in result.lines(panel):
         style: dict[str, Any] = {"color": PARTS[part], "ls": _DASHES[algorithm]}
-        marker = "o" if len(points) < 3 else ""
+        marker = "o" if 0 < len(points) < 3 else ""
         ax.plot(
             [p.samples for p in points],
             [getattr(p, part) for p in points],
@@ -204,7 +211,7 @@ def _draw(ax: Axes, result: Result, panel: Panel, end: int) -> None:
         if drawn is not None:
             style["color"] = plots.QUIET
             width = 1.1 if part == "test" else 0.6
-            label = f"paper: {LABELS[algorithm]}, {part}"
+            label = f"{_PAPER}{LABELS[algorithm]}, {part}"
             ax.plot(drawn.samples, drawn.values, lw=width, label=label, zorder=2, **style)
     if result.log_axis:
         ax.set_xscale("log")
@@ -213,6 +220,9 @@ def _draw(ax: Axes, result: Result, panel: Panel, end: int) -> None:
         ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlim(low, high)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plots._count(value)))
+    first, *_, last = ax.get_xticklabels()
+    first.set_horizontalalignment("left")  # so that they keep clear of the next panel's
+    last.set_horizontalalignment("right")
 
 
 def _limits(result: Result, row: Sequence[Panel], end: int) -> tuple[float, float]:

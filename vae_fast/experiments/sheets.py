@@ -32,12 +32,18 @@ def train(
     seed: int,
     device: str,
     progress: bool,
-) -> dict[str, VAE]:
-    """The models of these panels of figure 2, trained so far as they are not."""
+    draw_only: bool,
+) -> tuple[dict[str, VAE], list[str]]:
+    """The models of these panels of figure 2, trained so far as they are not, and notes for the page.
+
+    With ``draw_only`` they are as they are, and what has not begun is left out.
+    """
     wanted = [figure2.curve(key) for key in keys]
     how: dict[str, Any] = {"samples": samples, "first": first, "seed": seed, "device": device}
-    curves.advance(wanted, Path(out), data, figure2.bounds, **how, progress=progress)
-    return {curve.panel: curves.model(curve, Path(out)) for curve in wanted}
+    how |= {"progress": progress, "draw_only": draw_only}
+    points = curves.advance(wanted, Path(out), data, figure2.bounds, **how)
+    models = {c.panel: curves.model(c, Path(out)) for c in wanted if points[c.panel, c.algorithm]}
+    return models, curves.unfinished(points, samples)
 
 
 def write(

@@ -1,0 +1,256 @@
+"""Figures of the paper: curves that go on where they stopped, verdicts on them, and what is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from vae_fast import datasets, presets
+from vae_fast.cli import main
+from vae_fast.experiments import curves, figure2, figure3, figure4, figure5, page
+from vae_fast.experiments.curves import Curve, CurveError, Point
+from vae_fast.trainer import Trainer
+
+STOPS = [10_000, 12_600, 15_800]
+
+
+@pytest.fixture(scope="module")
+def data() -> curves.Data:
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 784), dtype=np.uint8)
+    prepared = [
+        datasets.prepare(part, likelihood="bernoulli", targets="real", pixel_scale=256, name="mnist")
+        for part in (pixels[:200], pixels[200:])
+    ]
+    return {"mnist": (prepared[0], prepared[1])}
+
+
+def tiny(panel: str = "mnist-3", algorithm: str = "aevb") -> Curve:
+    latent = int(panel.split("-")[1])
+    return Curve(panel, algorithm, presets.paper_mnist(latent, hidden_dim=4), "mnist")
+
+
+def advance(out: Path, data: curves.Data, *wanted: Curve, **how: Any) -> dict[tuple[str, str], list[Point]]:
+    how = {"samples": STOPS[-1], "progress": False, **how}
+    return curves.advance(wanted or [tiny()], out, data, figure2.bounds, **how)
+
+
+# --- curves -------------------------------------------------------------------------------------------------
+
+
+def test_points_are_tenths_of_a_decade_in_whole_minibatches() -> None:
+    assert curves.points_to(15_848) == STOPS
+    assert curves.points_to(10**8)[-1] == 10**8
+    assert len(curves.points_to(10**7, first=10**6)) == 11
+    with pytest.raises(CurveError, match="got 9,000 samples, wanted 10,000 or more"):
+        curves.points_to(9000)
+
+
+def test_a_curve_that_was_killed_goes_on_bit_for_bit(
+    data: curves.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = advance(tmp_path / "whole", data)
+    monkeypatch.setattr(curves, "SAVE_EVERY", 1500)
+
+    def killed(trainer: Trainer, *rest: Any) -> tuple[float, float]:
+        if trainer.samples_seen == STOPS[1]:
+            raise KeyboardInterrupt
+        return figure2.bounds(trainer, *rest)
+
+    with pytest.raises(KeyboardInterrupt):
+        curves.advance([tiny()], tmp_path / "cut", data, killed, samples=STOPS[-1], progress=False)
+    assert advance(tmp_path / "cut", data, draw_only=True)["mnist-3", "aevb"] == whole["mnist-3", "aevb"][:1]
+    again = advance(tmp_path / "cut", data)
+    assert [p.test for p in again["mnist-3", "aevb"]] == [p.test for p in whole["mnist-3", "aevb"]]
+    one, two = (curves.model(tiny(), tmp_path / name).state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_finished_curve_is_not_trained_again_and_more_samples_go_on_with_it(
+    data: curves.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = advance(tmp_path, data, samples=STOPS[0])
+    longer = advance(tmp_path, data)
+    assert longer["mnist-3", "aevb"][:1] == short["mnist-3", "aevb"]
+    monkeypatch.setattr(Trainer, "fit", None)
+    assert advance(tmp_path, data) == longer
+
+
+def test_the_train_column_is_the_mean_online_bound_since_the_point_before(
+    data: curves.Data, tmp_path: Path
+) -> None:
+    points = advance(tmp_path, data)["mnist-3", "aevb"]
+    preset = tiny().preset
+    trainer = preset.trainer(seed=0)
+    trainer.fit(data["mnist"][0], max_samples=STOPS[1], report_every=100, progress=False)
+    steps = [row.train_bound for row in trainer.history if row.samples > STOPS[0]]
+    assert points[1].train == pytest.approx(sum(steps) / len(steps), rel=1e-6)
+
+
+def test_the_folder_of_another_curve_is_refused(data: curves.Data, tmp_path: Path) -> None:
+    advance(tmp_path, data, samples=STOPS[0])
+    with pytest.raises(CurveError, match="found a curve with seed 0, wanted 1; choose another --out"):
+        advance(tmp_path, data, seed=1)
+
+
+def test_drawing_alone_trains_and_writes_nothing(data: curves.Data, tmp_path: Path) -> None:
+    with pytest.raises(CurveError, match="found none of the curves"):
+        advance(tmp_path, data, draw_only=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_short_is_named() -> None:
+    points = {("a", "aevb"): [Point(10**6, 0, 0)], ("b", "aevb"): [], ("c", "mcem"): [Point(10**7, 0, 0)]}
+    assert curves.unfinished(points, 10**7) == [
+        "Trained for fewer than 10,000,000 samples: a aevb (1,000,000), b aevb (0)."
+    ]
+    assert curves.unfinished({("c", "mcem"): points["c", "mcem"]}, 10**7) == []
+
+
+# --- verdicts -----------------------------------------------------------------------------------------------
+
+
+def panel(figure: str, key: str) -> page.Panel:
+    rows = figure2.arranged(figure2.PANELS) if figure == "figure2" else []
+    found = [p for row in rows for p in row if p.key == key]
+    return found[0] if found else page.Panel(key, "N = 1,000", "Ntrain=1000")
+
+
+def shifted(figure: str, key: str, algorithm: str, by: float, end: int = 10**7) -> list[Point]:
+    """The paper's own curve, moved up."""
+
+    def at(part: str, samples: int) -> float:
+        drawn = page.paper(figure, panel(figure, key), algorithm, part)
+        assert drawn is not None
+        value = drawn.at(samples)
+        return (-200.0 if value is None else value) + by
+
+    return [Point(n, at("train", n), at("test", n)) for n in curves.points_to(end, first=10**6)]
+
+
+def states(verdicts: list[page.Verdict], words: str) -> list[bool | None]:
+    return [verdict.holds for verdict in verdicts if words in verdict.bar]
+
+
+@pytest.mark.parametrize(
+    ("by", "end", "holds"), [(-0.9, 10**7, True), (-1.1, 10**7, False), (0.5, 10**6, None)]
+)
+def test_aevb_on_mnist_is_to_be_no_more_than_a_nat_below_the_paper(
+    by: float, end: int, holds: bool | None
+) -> None:
+    points = {("mnist-20", "aevb"): shifted("figure2", "mnist-20", "aevb", by, end)}
+    assert states(figure2.verdicts(points), "paper − 1") == [holds]
+
+
+@pytest.mark.parametrize(("by", "holds"), [(0.0, True), (10.0, False)])
+def test_aevb_is_to_be_above_wake_sleep(by: float, holds: bool) -> None:
+    points = {
+        ("mnist-20", "aevb"): shifted("figure2", "mnist-20", "aevb", 0),
+        ("mnist-20", "wake-sleep"): shifted("figure2", "mnist-20", "wake-sleep", by),
+    }
+    assert states(figure2.verdicts(points), "above wake-sleep") == [holds]
+
+
+@pytest.mark.parametrize(("by", "holds"), [(0.0, True), (-3.0, False)])
+def test_200_latents_are_to_be_no_worse_than_20(by: float, holds: bool) -> None:
+    points = {
+        ("mnist-20", "aevb"): shifted("figure2", "mnist-20", "aevb", 0),
+        ("mnist-200", "aevb"): shifted("figure2", "mnist-200", "aevb", by),
+    }
+    assert states(figure2.verdicts(points), "200 latents ≥ 20 latents") == [holds]
+
+
+@pytest.mark.parametrize(("by", "plateau", "holds"), [(-19, 581.9, True), (-21, 582.1, False)])
+def test_frey_face_is_to_be_near_the_paper_and_wake_sleep_at_its_plateau(
+    by: float, plateau: float, holds: bool
+) -> None:
+    points = {
+        ("frey-5", "aevb"): shifted("figure2", "frey-5", "aevb", by),
+        ("frey-5", "wake-sleep"): [Point(10**7, plateau, 569.0)],
+    }
+    found = figure2.verdicts(points)
+    assert states(found, "paper − 20") == states(found, "577 ± 5") == [holds]
+
+
+@pytest.mark.parametrize(("by", "holds"), [(2.9, True), (-3.1, False)])
+def test_figure_3_is_to_be_within_three_nats_of_the_paper(by: float, holds: bool) -> None:
+    points = {("n-1000", a): shifted("figure3", "n-1000", a, by) for a in figure3.ALGORITHMS}
+    found = figure3.verdicts(points)
+    assert states(found, "within 3") == 6 * [holds]
+    ends = [points["n-1000", a][-1].test for a in ("mcem", "aevb")]
+    assert states(found, "Monte Carlo EM test at or above AEVB") == [ends[0] >= ends[1]]
+
+
+def test_curves_that_have_not_begun_leave_every_verdict_open() -> None:
+    nothing: dict[tuple[str, str], list[Point]] = {
+        (key, algorithm): [] for key in figure2.PANELS for algorithm in figure2.ALGORITHMS
+    }
+    assert {verdict.holds for verdict in figure2.verdicts(nothing)} == {None}
+    assert figure3.verdicts({("n-1000", a): [] for a in figure3.ALGORITHMS}) == []
+
+
+# --- what is written ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(data: curves.Data, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Figures of tiny models and data, on the way that the command goes."""
+    monkeypatch.setattr(curves, "load_data", lambda names, *_: (data, []))
+    monkeypatch.setattr(figure2, "curve", tiny)
+
+    def run(*arguments: object, code: int = 0) -> str:
+        how = ["--scale", "0.000126", "--device", "cpu"]
+        result = CliRunner().invoke(main, ["reproduce", *map(str, arguments), *how])
+        assert result.exit_code == code, result.output
+        return str(result.output)
+
+    return run
+
+
+def test_figure_2_leaves_a_page_a_picture_a_table_and_the_settings(small: Any, tmp_path: Path) -> None:
+    output = small("figure2", "--panels", "mnist-3,mnist-5", "--out", tmp_path)
+    assert "open" in output and "MNIST, 5 latents: AEVB test ≥ paper − 1" in output
+    with (tmp_path / "figure2.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["panel"], line["algorithm"]) for line in lines} == {
+        (key, algorithm) for key in ("mnist-3", "mnist-5") for algorithm in figure2.ALGORITHMS
+    }
+    assert [int(line["samples"]) for line in lines] == 4 * STOPS[:2]
+    settings = json.loads((tmp_path / "figure2.json").read_text())
+    assert settings["curves"]["mnist-5-wake-sleep"]["samples"] == STOPS[1]
+    assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
+    assert "figure2 --out" in (tmp_path / "figure2.html").read_text()
+    small("figure5", "--draw-only", "--out", tmp_path)  # of the curves that figure 2 has trained
+    assert list(json.loads((tmp_path / "figure5.json").read_text())["curves"]) == ["mnist-5-aevb"]
+
+
+def test_a_figure_may_be_drawn_before_its_curves_are_there(small: Any, tmp_path: Path) -> None:
+    assert "found none of the curves" in small("figure2", "--draw-only", "--out", tmp_path, code=2)
+    small("figure2", "--panels", "mnist-3", "--out", tmp_path)
+    output = small("figure2", "--panels", "mnist-3,mnist-10", "--draw-only", "--out", tmp_path)
+    assert "Trained for fewer than 12,600 samples: mnist-10 aevb (0), mnist-10 wake-sleep (0)." in output
+    assert not (tmp_path / "curves" / "mnist-10-aevb").exists()
+    assert "wanted one of the figures" in small("variance", "--draw-only", "--out", tmp_path, code=2)
+
+
+def test_figures_4_and_5_are_manifolds_and_samples(small: Any, data: curves.Data, tmp_path: Path) -> None:
+    small("figure5", "--out", tmp_path)
+    assert set(json.loads((tmp_path / "figure5.json").read_text())["curves"]) == {
+        f"mnist-{latent}-aevb" for latent in figure5.LATENTS
+    }
+    assert figure4.GRIDS == {"frey-2": ("Frey Face", 10), "mnist-2": ("MNIST", 20)}
+    small("figure4", "--out", tmp_path)
+    assert (tmp_path / "figure4.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_panel_is_named(small: Any, tmp_path: Path) -> None:
+    assert "panels: got 'mnist-4', wanted some of" in small(
+        "figure2", "--panels", "mnist-4", "--out", tmp_path, code=2
+    )
