@@ -448,6 +448,19 @@ def test_a_draw_is_a_model_of_its_own_weights_and_the_shared_encoder() -> None:
     assert torch.equal(parameters_to_vector(trainer.draw(3).decoder), draws[3])
 
 
+def test_full_variational_bayes_raises_its_bound_on_mnist() -> None:
+    """Both bounds: with the price of the weights over all training data, and of the test data without."""
+    train, test = (part[:n] for part, n in zip(datasets.mnist(), (20_000, 1000), strict=True))
+    model = VAE(data_dim=784, hidden_dims=[50], latent_dim=5, init="paper", seed=0)
+    trainer = FullVB(model, lr=0.02, pixel_scale=256)
+    history = fit(trainer, train, test, max_samples=100 * 1000, report_every=100 * 500)
+    assert -160 > history.last.test_bound > -200
+    assert history.last.test_bound > history[0].test_bound + 5
+    assert history.last.train_bound > history[0].train_bound + 50
+    assert history.last.train_kl > history.last.test_kl + 1
+    assert evaluation.bound(model, test, pixel_scale=256).elbo > -200
+
+
 def test_full_variational_bayes_has_its_own_prior() -> None:
     with pytest.raises(TypeError, match="weight_prior: got True, but FullVB has no such choice"):
         small(FullVB, weight_prior=True)
