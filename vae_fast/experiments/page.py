@@ -155,7 +155,8 @@ def settings_section(settings: Mapping[str, Any]) -> str:
 def plot(result: Result) -> Figure:
     """All panels: a row of the paper's is a row here, panels of a row on one scale."""
     columns = max(len(row) for row in result.rows)
-    figure = plots._figure(max(5.2, 2.2 * columns + 0.6), 2.6 * len(result.rows) + 0.5)
+    width, height = (2.2, 2.6) if columns > 2 else (3.4, 3.2)  # inches of a panel
+    figure = plots._figure(max(5.2, width * columns + 0.6), height * len(result.rows) + 0.5)
     grid = figure.add_gridspec(len(result.rows), columns)
     end = max(p.samples for points in result.points.values() for p in points)
     for i, row in enumerate(result.rows):
@@ -218,11 +219,11 @@ def _draw(ax: Axes, result: Result, panel: Panel, end: int) -> None:
         powers = range(int(np.ceil(np.log10(low))), int(np.floor(np.log10(high))) + 1)
         ax.xaxis.set_major_locator(FixedLocator([10.0**power for power in powers]))
         ax.xaxis.set_minor_locator(NullLocator())
+        first, *_, last = ax.get_xticklabels()
+        first.set_horizontalalignment("left")  # so that they keep clear of the next panel's
+        last.set_horizontalalignment("right")
     ax.set_xlim(low, high)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plots._count(value)))
-    first, *_, last = ax.get_xticklabels()
-    first.set_horizontalalignment("left")  # so that they keep clear of the next panel's
-    last.set_horizontalalignment("right")
 
 
 def _limits(result: Result, row: Sequence[Panel], end: int) -> tuple[float, float]:
