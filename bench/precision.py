@@ -1,11 +1,13 @@
-"""What the precisions of the native engine do to a training: the paper's MNIST model, Adagrad 0.02, minibatches of 100.
+"""What the precisions of the native engine do to a training of the paper's MNIST model.
+
+Adagrad 0.02, minibatches of 100.
 
 python -m bench.precision exact [--steps 6000] [--out DIR]
-    "exact" against the reference engine in float64, same seed, order and noise: how far the means over 100 steps are
-    apart at most (bar 0.05 nat), and the bounds over the test set at the end (bar 0.02).
+    "exact" against the reference engine in float64, same seed, order and noise: how far the means over 100
+    steps are apart at most (bar 0.05 nat), and the bounds over the test set at the end (bar 0.02).
 python -m bench.precision fast [--steps 6000] [--seeds 16] [--out DIR]
-    "fast" against "exact", by pairs of equal seeds: the mean difference of the test bound with its 95 % interval (bar:
-    the interval within 0.3 nat).
+    "fast" against "exact", by pairs of equal seeds: the mean difference of the test bound with its 95 %
+    interval (bar: the interval within 0.3 nat).
 
 Each prints a line and writes DIR/precision-<what>.json.
 """
@@ -95,7 +97,10 @@ def fast(steps: int, seeds: int) -> dict[str, Any]:
 
 
 def student_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to 1e-3 from 10 degrees of freedom on: Abramowitz & Stegun 26.7.5."""
+    """The 97.5 % quantile of Student's t, to 1e-3 from 10 degrees of freedom on.
+
+    Abramowitz & Stegun 26.7.5.
+    """
     z = 1.959964
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 

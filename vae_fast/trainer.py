@@ -178,8 +178,8 @@ class Trainer:
         seed: of minibatches and noise (not of the model's initial values).
         engine: "reference" (plain PyTorch), "modules" (the fused operators; any model), "native" (the whole
             step in C++; the multi-layer perceptrons of :class:`vae_fast.VAE`), or "auto", the fastest that
-            can take the model. ``engine_name`` and ``engine_reason`` say which was taken and why, once ``fit``
-            has begun.
+            can take the model. ``engine_name`` and ``engine_reason`` say which was taken and why, once
+            ``fit`` has begun.
         precision: of the native engine's matrix products. "exact" is float32; "fast" rounds their operands to
             bfloat16 and adds in float32, which is another curve of the same quality.
         estimator: "sgvb_b", "sgvb_a", or the score function without and with a baseline, "score_function",
