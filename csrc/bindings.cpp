@@ -11,6 +11,12 @@
 #include "engine/cpu_step.h"
 #include "kernels.h"
 
+#ifdef VAE_FAST_WITH_CUDA
+namespace vae_fast::engine {
+void bind_cuda_step(pybind11::module_& m);  // engine/cuda/step.cpp
+}
+#endif
+
 namespace {
 
 namespace py = pybind11;
@@ -182,4 +188,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("dynamic"), py::arg("scale"), py::arg("rows"), py::arg("sizes"), py::arg("seeds"));
   py::class_<Run>(m, "Run", "Some steps of one model, from CpuStep.prepare.");
   m.def("run", &run, py::arg("runs"), "Carries out runs of different models; the terms [steps, 3] of each.");
+#ifdef VAE_FAST_WITH_CUDA
+  bind_cuda_step(m);
+#endif
 }

@@ -8,11 +8,11 @@
 
 #include "../engine/network.h"
 #include "../kernels.h"
+#include "../math/optimizer.h"
 
 namespace vae_fast::cpu {
 
 using engine::Activation;
-using engine::OptimizerKind;
 
 struct Matrix {
   float* data;
@@ -114,17 +114,6 @@ struct InputGradient {
   Matrix in, grad_in;
 };
 
-// What an update needs besides the gradient, of step number t
-struct Update {
-  OptimizerKind kind;
-  bool moves;       // not in adagrad's accumulate-only start
-  float rate, eps;  // see math/optimizer.h
-  float beta1_rest, beta2, beta2_rest, root;
-  float momentum;
-  float decay;   // added to the gradient, times w
-  float shrink;  // w is multiplied by it first: adamw
-};
-
 // grad W = in^T grad_out, grad bias = sum_r grad_out, and the update of both. The gradients are never stored, but for
 // their sums over the rows so far where there are more than tile().depth rows.
 struct WeightGradient {
@@ -132,7 +121,8 @@ struct WeightGradient {
   int64_t rows, inputs, outputs, panels;
   Matrix in, grad_out;
   const TermList* nonzero;  // of every tile of columns of `in`, or null
-  Update update;
+  UpdateRule rule;
+  StepFactors factors;
   float prior;  // 1/N of the weight prior, for weights alone
   float *weight, *bias;
   float *state[2], *bias_state[2];

@@ -282,36 +282,14 @@ void run_part(const InputGradient& a, int64_t begin, int64_t end) {
 }
 
 // The optimizer on one vector of parameters
-VAE_FAST_INLINE void update(const Update& u, float prior, VF g, float* weight, float* first, float* second,
+VAE_FAST_INLINE void update(const WeightGradient& a, float prior, VF g, float* weight, float* first, float* second,
                             float* operand) {
-  VF w = to_floats(weight);
+  VF w = to_floats(weight), s0 = first ? to_floats(first) : VF{}, s1 = second ? to_floats(second) : VF{};
   g = Math<VF>::fma(in_every_lane(prior), w, g);
-  switch (u.kind) {
-    case OptimizerKind::sgd: {
-      g = Math<VF>::fma(in_every_lane(u.decay), w, g);
-      VF m = first ? to_floats(first) : VF{};
-      w = sgd_update(w, g, m, u.momentum, u.rate);
-      if (first) from_floats(first, m);
-      break;
-    }
-    case OptimizerKind::adagrad: {
-      VF sum = to_floats(first);
-      const VF moved = adagrad_update(w, g, sum, u.rate, u.eps);
-      if (u.moves) w = moved;
-      from_floats(first, sum);
-      break;
-    }
-    case OptimizerKind::adam:
-    case OptimizerKind::adamw: {
-      g = Math<VF>::fma(in_every_lane(u.decay), w, g);
-      VF m = to_floats(first), v = to_floats(second);
-      w = adam_update(w * u.shrink, g, m, v, u.beta1_rest, u.beta2, u.beta2_rest, u.rate, u.root, u.eps);
-      from_floats(first, m);
-      from_floats(second, v);
-      break;
-    }
-  }
+  vae_fast::update(a.rule, a.factors, g, w, s0, s1);
   from_floats(weight, w);
+  if (first) from_floats(first, s0);
+  if (second) from_floats(second, s1);
   if (operand) from_floats(operand, to_bfloat16(w));
 }
 
@@ -344,7 +322,7 @@ void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < min(kTileRows, a.inputs - k); ++i) {
           for (int j = 0; j < 2; ++j) {
             const int64_t at = (p * panel_rows + k + i) * kPanel + j * kLanes;
-            update(a.update, a.prior, tile.sum[i][j], a.weight + at, plus(a.state[0], at), plus(a.state[1], at),
+            update(a, a.prior, tile.sum[i][j], a.weight + at, plus(a.state[0], at), plus(a.state[1], at),
                    plus(a.operand, at));
           }
         }
@@ -354,7 +332,7 @@ void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < depth; ++i) g = g + to_floats(grad_out + i * kPanel + j * kLanes);
         const int64_t at = p * kPanel + j * kLanes;
         if (last)
-          update(a.update, 0, g, a.bias + at, plus(a.bias_state[0], at), plus(a.bias_state[1], at), nullptr);
+          update(a, 0, g, a.bias + at, plus(a.bias_state[0], at), plus(a.bias_state[1], at), nullptr);
         else
           from_floats(bias_sum + j * kLanes, g);
       }

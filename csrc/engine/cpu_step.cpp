@@ -3,8 +3,9 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
+
+#include "update_rule.h"
 
 namespace vae_fast::engine {
 
@@ -22,29 +23,6 @@ float to_bfloat16(float value) {
   if (value == value) u = (u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u;
   std::memcpy(&value, &u, sizeof u);
   return value;
-}
-
-cpu::Update update_of(const Optimizer& o, int64_t t) {
-  cpu::Update u{};
-  u.kind = o.kind;
-  u.moves = o.kind != OptimizerKind::adagrad || t > o.accumulate_steps;
-  u.rate = static_cast<float>(o.lr);
-  u.eps = static_cast<float>(o.eps);
-  u.momentum = static_cast<float>(o.momentum);
-  u.shrink = 1;
-  if (o.kind == OptimizerKind::adam || o.kind == OptimizerKind::adamw) {
-    const double time = static_cast<double>(t);
-    u.beta1_rest = static_cast<float>(1 - o.beta1);
-    u.beta2 = static_cast<float>(o.beta2);
-    u.beta2_rest = static_cast<float>(1 - o.beta2);
-    u.rate = static_cast<float>(o.lr / (1 - std::pow(o.beta1, time)));
-    u.root = static_cast<float>(1 / std::sqrt(1 - std::pow(o.beta2, time)));
-  }
-  if (o.kind == OptimizerKind::adamw)
-    u.shrink = static_cast<float>(1 - o.lr * o.weight_decay);
-  else if (o.kind != OptimizerKind::adagrad)
-    u.decay = static_cast<float>(o.weight_decay);
-  return u;
 }
 
 }  // namespace
@@ -207,7 +185,9 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
                                       objective_.beta / static_cast<float>(batch)});
   }
 
-  const cpu::Update how = update_of(optimizer, update);
+  const UpdateRule rule = rule_of(optimizer);
+  const StepFactors factors = step_factors(rule.kind, optimizer.lr, optimizer.beta1, optimizer.beta2,
+                                           optimizer.accumulate_steps, update);
   updates_.clear();
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = layers_[i];
@@ -219,7 +199,8 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
                         layer.in,
                         layer.grad_out,
                         i == 0 ? of_columns_.data() : nullptr,
-                        how,
+                        rule,
+                       factors,
                         objective_.weight_prior,
                         layer.weight.data(),
                         layer.bias.data(),

@@ -3,7 +3,9 @@
 //
 // Each thread of a block is a fiber. A thread runs until it waits for others, at __syncthreads() or a shuffle; when no
 // thread of a block can go on, they wait for different things, and the program stops. So a barrier in divergent code
-// is found. Memory from cudaMalloc ends at a page that cannot be touched; misaligned vector accesses stop the program.
+// is found. Memory from cudaMalloc ends at a page that cannot be touched, and so does dynamic shared memory, which is
+// full of NaN when a block begins; misaligned vector accesses stop the program. A stream that is captured keeps its
+// launches in a list, and a graph is that list.
 #pragma once
 
 #include <sys/mman.h>
@@ -17,6 +19,8 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -25,6 +29,7 @@
 #define __shared__ static
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -54,6 +59,13 @@ struct alignas(16) uint4 : CheckedAssignment<uint4> {
   unsigned x, y, z, w;
 };
 
+struct alignas(8) float2 : CheckedAssignment<float2> {
+  float x, y;
+};
+struct alignas(16) float4 : CheckedAssignment<float4> {
+  float x, y, z, w;
+};
+
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 enum cudaError_t {
@@ -63,7 +75,20 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
-using cudaStream_t = void*;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+constexpr unsigned cudaStreamNonBlocking = 1;
+
+namespace emulation {
+using Launches = std::vector<std::function<void()>>;
+struct Stream {
+  bool captured = false;
+  Launches launches;
+};
+}  // namespace emulation
+using cudaStream_t = emulation::Stream*;
+using cudaGraph_t = emulation::Launches*;
+using cudaGraphExec_t = emulation::Launches*;
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -97,6 +122,8 @@ struct Block {
   int current = 0;
   bool progress = false;
   std::function<void()> body;
+  float* shared = nullptr;  // dynamic
+  size_t shared_bytes = 0;
 };
 
 inline Block& block() {
@@ -140,6 +167,7 @@ inline void run_fiber() {
 inline void run_block() {
   Block& b = block();
   const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  std::memset(b.shared, 0xff, b.shared_bytes);
   b.everyone.members = threads;
   b.everyone.arrived = 0;
   for (int w = 0; w * kWarp < threads; ++w) {
@@ -204,6 +232,12 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return value;
 }
 
+inline float __uint_as_float(unsigned bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
 template <class T>
 T __ldg(const T* p) {
   T value;
@@ -217,23 +251,6 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   unsigned result = 0;
   for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
   return result;
-}
-
-template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               Arguments&&... arguments) {
-  const dim3 grid = config->gridDim, threads = config->blockDim;
-  const uint64_t count = uint64_t{threads.x} * threads.y * threads.z;
-  const bool valid = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffff && grid.y <= 0xffff &&
-                     grid.z <= 0xffff && count > 0 && count <= emulation::kMaxThreads;
-  if (!valid) return emulation::last_error() = cudaErrorInvalidConfiguration;
-  gridDim = grid;
-  blockDim = threads;
-  emulation::block().body = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) emulation::run_block();
-  return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() {
@@ -281,3 +298,107 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
 }
 
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
+// --- launches --------------------------------------------------------------------------------------------------------
+
+namespace emulation {
+
+inline void run_grid(const dim3& grid, const dim3& threads, size_t shared_bytes, const std::function<void()>& body) {
+  Block& b = block();
+  void* shared = nullptr;
+  if (shared_bytes > 0) cudaMalloc(&shared, shared_bytes);
+  b.shared = static_cast<float*>(shared);
+  b.shared_bytes = shared_bytes;
+  gridDim = grid;
+  blockDim = threads;
+  b.body = body;
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block();
+  if (shared) cudaFree(shared);
+  b.shared_bytes = 0;
+}
+
+}  // namespace emulation
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, threads = config->blockDim;
+  const uint64_t count = uint64_t{threads.x} * threads.y * threads.z;
+  const bool valid = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffff && grid.y <= 0xffff &&
+                     grid.z <= 0xffff && count > 0 && count <= emulation::kMaxThreads;
+  if (!valid) return emulation::last_error() = cudaErrorInvalidConfiguration;
+  const auto run = [kernel, grid, threads, bytes = config->dynamicSmemBytes,
+                    ... copies = std::decay_t<Parameters>(arguments)] {
+    emulation::run_grid(grid, threads, bytes, [&] { kernel(copies...); });
+  };
+  if (config->stream && config->stream->captured) {
+    config->stream->launches.push_back(run);
+  } else {
+    run();
+  }
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, size_t bytes) {
+  return bytes <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // what the smallest of the architectures has
+}
+
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = new emulation::Stream;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (!stream || stream->captured) return cudaErrorInvalidValue;  // nor can a device capture the default stream
+  stream->captured = true;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  stream->captured = false;
+  *graph = new emulation::Launches(std::move(stream->launches));
+  stream->launches.clear();
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  *executable = new emulation::Launches(*graph);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  delete executable;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
+  for (const auto& run : *executable) run();
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  return cudaMemcpy(to, from, bytes, kind);
+}
+
+inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_stride, const void* from, size_t from_stride, size_t width,
+                                     size_t height, cudaMemcpyKind, cudaStream_t) {
+  for (size_t row = 0; row < height; ++row) {
+    std::memcpy(static_cast<char*>(to) + row * to_stride, static_cast<const char*>(from) + row * from_stride, width);
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }

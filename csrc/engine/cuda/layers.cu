@@ -1,0 +1,379 @@
+// The layers of a step, forward and backward: the tile product of product.cuh, and what becomes of its sums. Bytes and
+// floors stand beside each struct in kernels.h.
+//
+// Nothing but the sums of a tile meets in a block, and every element of every buffer has one thread that writes it.
+#include <algorithm>
+
+#include "../../math/bernoulli.h"
+#include "../../math/gaussian.h"
+#include "../../math/philox.h"
+#include "kernels.h"
+#include "product.cuh"
+
+namespace vae_fast {
+namespace engine {
+namespace {
+
+// What a block knows of the step: its B, and where among all steps it is.
+struct Here {
+  int64_t step, size;
+  __device__ __forceinline__ explicit Here(const Now& now) : step(*now.cursor + now.offset), size(now.sizes[step]) {}
+};
+
+// One product for all rows of a minibatch. `samples` of the product's rows: with Epilogue::kAddsSamples the block
+// goes through the samples and hands the product of each to the epilogue, else samples are just more rows.
+template <class Epilogue>
+struct Product {
+  Now now;
+  Matrix a, b;
+  int64_t samples, cols, ks;
+  Epilogue epilogue;
+};
+
+struct KeepFour {
+  float value[4];
+};
+
+// An epilogue has, for each four of C that a thread gets, a State:
+//   add(here, state, sample, row, col, v)  with kAddsSamples: takes the sums v, once for every sample
+//   finish(here, state, row, col)          writes; returns what is to be added up over the tile's columns
+// and `parts`, where those sums go, [tiles of columns, parts_stride], unless kSums is false. Without kAddsSamples the
+// state is a KeepFour, which has the sums. Both are called for fours inside the matrix only.
+template <Precision kPrecision, class Shape, bool kBByRow, class Epilogue>
+__global__ void __launch_bounds__(Shape::kThreads, Epilogue::kAddsSamples ? 1 : 2)
+    product_kernel(const __grid_constant__ Product<Epilogue> p) {
+  float* memory = dynamic_shared();
+  const Here here(p.now);
+  const int64_t rows = Epilogue::kAddsSamples ? here.size : here.size * p.samples;
+  const TileOf tile{static_cast<int64_t>(blockIdx.y) * Shape::kRows, static_cast<int64_t>(blockIdx.x) * Shape::kCols,
+                    rows, p.cols, p.ks};
+  if (tile.row >= rows) return;  // the minibatch is smaller than the largest
+
+  typename Epilogue::State state[Shape::kQuads] = {};
+  const int64_t samples = Epilogue::kAddsSamples ? p.samples : 1;
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    if (sample > 0) __syncthreads();  // the sums of the sample before have been read
+    multiply_tile<kPrecision, Shape, true, kBByRow>(memory, p.a, p.b, sample * rows, tile, [](const float*) {});
+#pragma unroll
+    for (int i = 0; i < Shape::kQuads; ++i) {
+      const Four<Shape> four(memory, i);
+      const int64_t row = tile.row + four.row, col = tile.col + four.col;
+      if constexpr (Epilogue::kAddsSamples) {
+        if (row < rows && col < p.cols) p.epilogue.add(here, state[i], sample, row, col, four.value);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) state[i].value[j] = four.value[j];
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Shape::kQuads; ++i) {
+    const int four = static_cast<int>(threadIdx.x) + i * Shape::kThreads;
+    const int64_t row = tile.row + four / (Shape::kCols / 4), col = tile.col + four % (Shape::kCols / 4) * 4;
+    const bool inside = row < rows && col < p.cols;
+    float sum = 0.0f;
+    if (inside) sum = p.epilogue.finish(here, state[i], row, col);
+    if constexpr (Epilogue::kSums) {
+      sum = sum_over_tile_row<Shape>(sum);
+      if (inside && col == tile.col) p.epilogue.parts[blockIdx.x * p.epilogue.parts_stride + row] = sum;
+    }
+  }
+}
+
+// --- the epilogues ---------------------------------------------------------------------------------------------------
+
+struct ActivateHidden {
+  static constexpr bool kAddsSamples = false, kSums = false;
+  using State = KeepFour;
+  const float* bias;
+  int64_t cols;
+  Activation activation;
+  float* out;
+  int64_t stride;
+
+  __device__ __forceinline__ float finish(const Here&, State& s, int64_t row, int64_t col) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float a = s.value[i] + (col + i < cols ? bias[col + i] : 0.0f);
+      s.value[i] = activation == Activation::tanh ? ::tanhf(a) : a < 0.0f ? 0.0f : a;  // a NaN stays
+    }
+    write_four(out + row * stride + col, s.value);
+    return 0.0f;
+  }
+};
+
+// eps(seed, i): one lane of its counter
+__device__ __forceinline__ float normal(int64_t seed, int64_t i) {
+  float eps[4];
+  philox_normal4(seed, i >> 2, eps);
+  const float low = i & 1 ? eps[1] : eps[0], high = i & 1 ? eps[3] : eps[2];
+  return i & 2 ? high : low;
+}
+
+struct DrawLatents {
+  static constexpr bool kAddsSamples = false, kSums = true;
+  using State = KeepFour;
+  const float *bias_mu, *bias_logvar;
+  int64_t samples, latents;
+  const int64_t* seeds;
+  Estimator estimator;
+  float* heads;
+  int64_t heads_stride;
+  float *z, *eps;
+  int64_t z_stride;
+  float* parts;
+  int64_t parts_stride;
+
+  __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
+    float kl = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t j = col / 2 + i;
+      if (j >= latents) break;
+      const float mu = s.value[2 * i] += bias_mu[j], logvar = s.value[2 * i + 1] += bias_logvar[j];
+      if (estimator == Estimator::sgvb_b) kl += gaussian_kl(mu, logvar);
+      float sampled = 0.0f;
+      for (int64_t l = 0; l < samples; ++l) {
+        const int64_t r = l * here.size + row;
+        const float e = normal(seeds[2 * here.step], r * latents + j);
+        const float drawn = reparameterize(mu, logvar, e);
+        z[r * z_stride + j] = drawn;
+        eps[r * z_stride + j] = e;
+        sampled += 0.5f * (drawn * drawn - e * e - logvar);  // log q(z|x) - log p(z)
+      }
+      if (estimator == Estimator::sgvb_a) kl += sampled / static_cast<float>(samples);
+    }
+    write_four(heads + row * heads_stride + col, s.value);
+    return kl;
+  }
+};
+
+struct BernoulliOutput {
+  static constexpr bool kAddsSamples = false, kSums = true;
+  using State = KeepFour;
+  const float* bias;
+  int64_t cols;
+  const float* x;
+  int64_t x_stride;
+  float* grad;
+  int64_t grad_stride;
+  float* parts;
+  int64_t parts_stride;
+
+  __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
+    float target[4];
+    read_four(x + row % here.size * x_stride + col, target);
+    BernoulliSum<float> sum;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (col + i >= cols) break;
+      const float logit = s.value[i] + bias[col + i], odds = bernoulli_odds(logit);
+      sum.add(logit, target[i], odds);
+      s.value[i] = bernoulli_grad_logit(logit, target[i], odds);
+    }
+    write_four(grad + row * grad_stride + col, s.value);
+    return sum.log_likelihood();
+  }
+};
+
+struct GaussianOutput {  // columns are mean_0, logvar_0, mean_1, ...
+  static constexpr bool kAddsSamples = false, kSums = true;
+  using State = KeepFour;
+  const float *bias_mean, *bias_logvar;
+  int64_t features;
+  bool sigmoid_mean;
+  const float* x;
+  int64_t x_stride;
+  float* grad;
+  int64_t grad_stride;
+  float* parts;
+  int64_t parts_stride;
+
+  __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
+    float log_likelihood = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t d = col / 2 + i;
+      if (d >= features) break;
+      const float linear = s.value[2 * i] + bias_mean[d], logvar = s.value[2 * i + 1] + bias_logvar[d];
+      const float sigmoid = -bernoulli_grad_logit(linear, 0.0f);
+      const float mean = sigmoid_mean ? sigmoid : linear;
+      const GaussianResidual<float> residual(mean, logvar, x[row % here.size * x_stride + d]);
+      log_likelihood += residual.log_likelihood(logvar);
+      const float slope = sigmoid_mean ? -bernoulli_curvature(linear) : 1.0f;
+      s.value[2 * i] = residual.grad_mean() * slope;
+      s.value[2 * i + 1] = residual.grad_logvar();
+    }
+    write_four(grad + row * grad_stride + col, s.value);
+    return log_likelihood;
+  }
+};
+
+struct DeriveHidden {
+  static constexpr bool kAddsSamples = false, kSums = false;
+  using State = KeepFour;
+  Activation activation;
+  const float* in;
+  float* grad_in;
+  int64_t stride;
+
+  __device__ __forceinline__ float finish(const Here&, State& s, int64_t row, int64_t col) const {
+    float a[4];
+    read_four(in + row * stride + col, a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (activation == Activation::tanh) {
+        s.value[i] *= 1.0f - a[i] * a[i];
+      } else {
+        s.value[i] = a[i] > 0.0f ? s.value[i] : 0.0f;
+      }
+    }
+    write_four(grad_in + row * stride + col, s.value);
+    return 0.0f;
+  }
+};
+
+struct DeriveLatents {
+  static constexpr bool kAddsSamples = true, kSums = false;
+  struct State {
+    float grad[4], grad_eps[4];  // sums over the samples of g and of g eps
+  };
+  Estimator estimator;
+  float beta;
+  int64_t samples, latents;
+  const float* heads;
+  int64_t heads_stride;
+  const float *z, *eps;
+  int64_t z_stride;
+  float* grad_heads;
+
+  __device__ __forceinline__ void add(const Here& here, State& s, int64_t sample, int64_t row, int64_t col,
+                                      const float (&v)[4]) const {
+    const int64_t at = (sample * here.size + row) * z_stride + col;
+    float e[4], drawn[4];
+    read_four(eps + at, e);
+    read_four(z + at, drawn);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float g = estimator == Estimator::sgvb_a ? v[i] - beta * drawn[i] : v[i];
+      s.grad[i] += g;
+      s.grad_eps[i] += g * e[i];
+    }
+  }
+
+  __device__ __forceinline__ float finish(const Here&, State& s, int64_t row, int64_t col) const {
+    const float mean = 1.0f / static_cast<float>(samples);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (col + i >= latents) break;
+      const int64_t at = row * heads_stride + 2 * (col + i);
+      const float mu = heads[at], logvar = heads[at + 1];
+      float grad_mu = mean * s.grad[i], grad_logvar = 0.5f * standard_deviation(logvar) * (mean * s.grad_eps[i]);
+      if (estimator == Estimator::sgvb_b) {
+        grad_mu -= beta * mu;
+        grad_logvar -= beta * gaussian_kl_grad_logvar(logvar);
+      } else {
+        grad_logvar += 0.5f * beta;
+      }
+      grad_heads[at] = grad_mu;
+      grad_heads[at + 1] = grad_logvar;
+    }
+    return 0.0f;
+  }
+};
+
+// --- the launches ----------------------------------------------------------------------------------------------------
+
+bool wide(int64_t most_rows, int64_t cols, int multiprocessors) {
+  return ceil_div(most_rows, Wide::kRows) * ceil_div(cols, Wide::kCols) >= multiprocessors;
+}
+
+template <Precision kPrecision, class Shape, bool kBByRow, class Epilogue>
+int launch_shape(const Product<Epilogue>& product, const Way& way) {
+  constexpr size_t kBytes = TileMemory<Shape, true, kBByRow>::kBytes;
+  const auto kernel = product_kernel<kPrecision, Shape, kBByRow, Epilogue>;
+  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
+    return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(ceil_div(product.cols, Shape::kCols)),
+                        static_cast<unsigned>(ceil_div(way.most_rows, Shape::kRows)));
+  config.blockDim = dim3(Shape::kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = way.stream;
+  cudaLaunchKernelEx(&config, kernel, product);
+  return cudaGetLastError();
+}
+
+template <bool kBByRow, class Epilogue>
+int launch_product(const Product<Epilogue>& p, const Way& way) {
+  if (way.precision == Precision::exact) {
+    return wide(way.most_rows, p.cols, way.multiprocessors) ? launch_shape<Precision::exact, Wide, kBByRow>(p, way)
+                                                            : launch_shape<Precision::exact, Narrow, kBByRow>(p, way);
+  }
+  return wide(way.most_rows, p.cols, way.multiprocessors) ? launch_shape<Precision::fast, Wide, kBByRow>(p, way)
+                                                          : launch_shape<Precision::fast, Narrow, kBByRow>(p, way);
+}
+
+}  // namespace
+
+int64_t column_tiles(int64_t most_rows, int64_t cols, int multiprocessors) {
+  return ceil_div(cols, wide(most_rows, cols, multiprocessors) ? Wide::kCols : Narrow::kCols);
+}
+
+int launch(const HiddenForward& args, const Way& way) {
+  const ActivateHidden epilogue{args.bias, args.outs, args.activation, args.out, args.out_stride};
+  return launch_product<true>(
+      Product<ActivateHidden>{args.now, matrix_of(args.in, args.in_stride), matrix_of(args.weight, args.ins),
+                              args.samples, args.outs, args.ins, epilogue},
+      way);
+}
+
+int launch(const LatentForward& args, const Way& way) {
+  const DrawLatents epilogue{args.bias_mu,   args.bias_logvar, args.samples,      args.latents, args.now.seeds,
+                             args.estimator, args.heads,       args.heads_stride, args.z,       args.eps,
+                             args.z_stride,  args.kl_parts,    args.parts_stride};
+  return launch_product<true>(Product<DrawLatents>{args.now, matrix_of(args.in, args.in_stride),
+                                                   matrix_of(args.weight_mu, args.ins, args.weight_logvar), 1,
+                                                   2 * args.latents, args.ins, epilogue},
+                              way);
+}
+
+int launch(const OutputForward& args, const Way& way) {
+  const Matrix in = matrix_of(args.in, args.in_stride);
+  if (args.likelihood == Likelihood::bernoulli) {
+    const BernoulliOutput epilogue{args.bias, args.features,    args.x,        args.x_stride,
+                                   args.grad, args.grad_stride, args.ll_parts, args.parts_stride};
+    return launch_product<true>(Product<BernoulliOutput>{args.now, in, matrix_of(args.weight, args.ins), args.samples,
+                                                         args.features, args.ins, epilogue},
+                                way);
+  }
+  const bool sigmoid_mean = args.likelihood == Likelihood::gaussian_sigmoid_mean;
+  const GaussianOutput epilogue{args.bias,     args.bias_logvar, args.features,    sigmoid_mean,  args.x,
+                                args.x_stride, args.grad,        args.grad_stride, args.ll_parts, args.parts_stride};
+  return launch_product<true>(
+      Product<GaussianOutput>{args.now, in, matrix_of(args.weight, args.ins, args.weight_logvar), args.samples,
+                              2 * args.features, args.ins, epilogue},
+      way);
+}
+
+int launch(const HiddenBackward& args, const Way& way) {
+  const DeriveHidden epilogue{args.activation, args.in, args.grad_in, args.in_stride};
+  return launch_product<false>(
+      Product<DeriveHidden>{args.now, matrix_of(args.grad, args.grad_stride),
+                            matrix_of(args.weight.first, args.weight.stride, args.weight.second), args.samples,
+                            args.ins, args.outs, epilogue},
+      way);
+}
+
+int launch(const LatentBackward& args, const Way& way) {
+  const DeriveLatents epilogue{args.estimator,    args.beta, args.samples, args.latents,  args.heads,
+                               args.heads_stride, args.z,    args.eps,     args.z_stride, args.grad_heads};
+  return launch_product<false>(
+      Product<DeriveLatents>{args.now, matrix_of(args.grad, args.grad_stride),
+                             matrix_of(args.weight.first, args.weight.stride, args.weight.second), args.samples,
+                             args.latents, args.outs, epilogue},
+      way);
+}
+
+}  // namespace engine
+}  // namespace vae_fast

@@ -1,0 +1,310 @@
+#include "schedule.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace vae_fast {
+namespace engine {
+namespace {
+
+constexpr int64_t kStepsPerGraph = 50;                  // a launch of a graph, some microseconds, is shared by so many
+constexpr int64_t kMinibatchFloats = int64_t{4} << 20;  // of x in a graph's steps: 16 MB, so that it stays in the L2
+constexpr size_t kMostGraphs = 4;                       // beyond them steps are launched as they are
+
+int64_t to_fours(int64_t n) { return (n + 3) / 4 * 4; }
+
+UpdateRule rule_of(const Optimizer& o) {
+  const bool adam = o.kind == OptimizerKind::adam || o.kind == OptimizerKind::adamw;
+  UpdateRule rule = {};
+  rule.kind = adam                               ? UpdateKind::adam
+              : o.kind == OptimizerKind::adagrad ? UpdateKind::adagrad
+              : o.momentum != 0                  ? UpdateKind::momentum
+                                                 : UpdateKind::sgd;
+  rule.states = o.states();
+  rule.eps = static_cast<float>(o.eps);
+  rule.beta1 = static_cast<float>(o.beta1);
+  rule.beta2 = static_cast<float>(o.beta2);
+  rule.momentum = static_cast<float>(o.momentum);
+  const bool adds = o.kind == OptimizerKind::sgd || o.kind == OptimizerKind::adam;
+  rule.added_decay = adds ? static_cast<float>(o.weight_decay) : 0.0f;
+  rule.kept = o.kind == OptimizerKind::adamw ? static_cast<float>(1.0 - o.lr * o.weight_decay) : 1.0f;
+  return rule;
+}
+
+}  // namespace
+
+// --- buffers ---------------------------------------------------------------------------------------------------------
+
+Schedule::Schedule(const Network& network, const Objective& objective, const Optimizer& optimizer, const Data& data,
+                   Precision precision, std::vector<Trained> parameters, int64_t most_size, int64_t most_steps,
+                   int multiprocessors, const cuda::Workspace& workspace)
+    : network_(network),
+      objective_(objective),
+      optimizer_(optimizer),
+      data_(data),
+      precision_(precision),
+      parameters_(std::move(parameters)),
+      most_size_(most_size),
+      most_steps_(most_steps),
+      group_(std::clamp<int64_t>(kMinibatchFloats / (most_size * to_fours(data.cols)), 1, kStepsPerGraph)),
+      multiprocessors_(multiprocessors) {
+  int parameter = 0;
+  const auto add = [&](std::vector<Layer>& layers, int64_t ins, int64_t outs, bool paired) {
+    layers.push_back({ins, outs, parameter, paired, nullptr, nullptr, 0, 0});
+    parameter += paired ? 4 : 2;
+    return outs;
+  };
+  int64_t width = network_.data_dim;
+  for (int64_t outs : network_.encoder_hidden) width = add(encoder_, width, outs, false);
+  add(encoder_, width, network_.latent_dim, true);
+  width = network_.latent_dim;
+  for (int64_t outs : network_.decoder_hidden) width = add(decoder_, width, outs, false);
+  add(decoder_, width, network_.data_dim, network_.likelihood != Likelihood::bernoulli);
+  group_ = std::min(group_, most_steps_);
+  lay_out(workspace);
+}
+
+Schedule::~Schedule() {
+  for (auto& [count, graph] : graphs_) cudaGraphExecDestroy(graph);
+  if (capture_stream_) cudaStreamDestroy(capture_stream_);
+}
+
+// Every buffer begins at a multiple of 256 bytes of one allocation.
+void Schedule::lay_out(const cuda::Workspace& workspace) {
+  std::vector<std::pair<void**, size_t>> places;
+  const auto place = [&](auto*& pointer, int64_t count) {
+    places.emplace_back(reinterpret_cast<void**>(&pointer), static_cast<size_t>(count) * sizeof *pointer);
+  };
+  const auto matrix = [&](const std::string& name, float*& pointer, int64_t rows, int64_t cols, int64_t& stride) {
+    stride = to_fours(cols);
+    place(pointer, rows * stride);
+    buffers_.push_back({name, nullptr, rows, cols, stride});
+  };
+  buffers_.reserve(64);
+  const int64_t decoder_rows = objective_.num_samples * most_size_;
+  matrix("x", x_, group_ * most_size_, data_.cols, x_stride_);
+  matrix("z", z_, decoder_rows, network_.latent_dim, z_stride_);
+  matrix("eps", eps_, decoder_rows, network_.latent_dim, z_stride_);
+  for (auto* layers : {&encoder_, &decoder_}) {
+    const std::string half = layers == &encoder_ ? "encoder" : "decoder";
+    const int64_t rows = layers == &encoder_ ? most_size_ : decoder_rows;
+    for (size_t i = 0; i < layers->size(); ++i) {
+      Layer& layer = (*layers)[i];
+      const int64_t cols = layer.paired ? 2 * layer.outs : layer.outs;
+      const bool last = i + 1 == layers->size();
+      const std::string name = half + (!last ? "." + std::to_string(i) : half == "encoder" ? ".heads" : ".output");
+      if (!last || half == "encoder") matrix(name, layer.out, rows, cols, layer.stride);
+      matrix("grad " + name, layer.grad, rows, cols, layer.grad_stride);
+    }
+  }
+  const Layer& output = decoder_.back();
+  const int64_t output_cols = output.paired ? 2 * output.outs : output.outs;
+  matrix("ll_parts", ll_parts_, column_tiles(decoder_rows, output_cols, multiprocessors_), decoder_rows, ll_stride_);
+  matrix("kl_parts", kl_parts_, column_tiles(most_size_, 2 * network_.latent_dim, multiprocessors_), most_size_,
+         kl_stride_);
+  place(factors_, group_);
+  place(cursor_, 1);
+  place(updates_, 1);
+  place(rows_, most_steps_ * most_size_);
+  place(sizes_, most_steps_);
+  place(seeds_, 2 * most_steps_);
+  place(terms_, 3 * most_steps_);
+
+  size_t bytes = 0;
+  for (auto& [pointer, size] : places) bytes += (size + 255) / 256 * 256;
+  char* memory = static_cast<char*>(workspace(bytes));
+  for (auto& [pointer, size] : places) {
+    *pointer = memory;
+    memory += (size + 255) / 256 * 256;
+  }
+  for (size_t i = 0; i < buffers_.size(); ++i) buffers_[i].values = static_cast<float*>(*places[i].first);
+}
+
+// --- a step ----------------------------------------------------------------------------------------------------------
+
+Now Schedule::now(int64_t offset) const { return {cursor_, offset, sizes_, seeds_}; }
+
+MatrixOf Schedule::weight_of(const Layer& layer) const {
+  const size_t first = static_cast<size_t>(layer.first_parameter);
+  return {parameters_[first].value, layer.paired ? parameters_[first + 2].value : nullptr, layer.ins};
+}
+
+int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
+  const Now at = now(offset);
+  const int64_t samples = objective_.num_samples;
+  const Way encoder_way{precision_, most_size_, multiprocessors_, stream};
+  const Way decoder_way{precision_, samples * most_size_, multiprocessors_, stream};
+  const float* x = x_ + offset * most_size_ * x_stride_;
+  const auto parameter = [&](const Layer& layer, int i) {
+    return parameters_[static_cast<size_t>(layer.first_parameter + i)].value;
+  };
+  launches_ = 0;
+  int error = 0;
+  const auto go = [&](const auto& args, const Way& way) {
+    ++launches_;
+    if (!error) error = launch(args, way);
+  };
+  const auto forward = [&](const std::vector<Layer>& layers, const float* in, int64_t stride, const Way& way) {
+    const int64_t rows = &layers == &encoder_ ? 1 : samples;
+    for (size_t i = 0; i + 1 < layers.size(); ++i) {
+      const Layer& layer = layers[i];
+      go(HiddenForward{at, rows, layer.ins, layer.outs, in, stride, parameter(layer, 0), parameter(layer, 1),
+                       network_.activation, layer.out, layer.stride},
+         way);
+      in = layer.out;
+      stride = layer.stride;
+    }
+    return std::pair(in, stride);
+  };
+  const auto backward = [&](const std::vector<Layer>& layers, const Way& way) {
+    const int64_t rows = &layers == &encoder_ ? 1 : samples;
+    for (size_t i = layers.size() - 1; i > 0; --i) {
+      const Layer &layer = layers[i], &below = layers[i - 1];
+      go(HiddenBackward{at, rows, layer.paired ? 2 * layer.outs : layer.outs, layer.ins, layer.grad, layer.grad_stride,
+                        weight_of(layer), network_.activation, below.out, below.stride, below.grad},
+         way);
+    }
+  };
+
+  const Layer &heads = encoder_.back(), &output = decoder_.back(), &first = decoder_.front();
+  const auto [h, h_stride] = forward(encoder_, x, x_stride_, encoder_way);
+  go(LatentForward{at, objective_.estimator, samples, heads.ins, heads.outs, h, h_stride, parameter(heads, 0),
+                   parameter(heads, 1), parameter(heads, 2), parameter(heads, 3), heads.out, heads.stride, z_, eps_,
+                   z_stride_, kl_parts_, kl_stride_},
+     encoder_way);
+  const auto [last, last_stride] = forward(decoder_, z_, z_stride_, decoder_way);
+  go(OutputForward{at, network_.likelihood, samples, output.ins, output.outs, last, last_stride, parameter(output, 0),
+                   parameter(output, 1), output.paired ? parameter(output, 2) : nullptr,
+                   output.paired ? parameter(output, 3) : nullptr, x, x_stride_, output.grad, output.grad_stride,
+                   ll_parts_, ll_stride_},
+     decoder_way);
+  backward(decoder_, decoder_way);
+  go(LatentBackward{at, objective_.estimator, objective_.beta, samples, first.paired ? 2 * first.outs : first.outs,
+                    network_.latent_dim, first.grad, first.grad_stride, weight_of(first), heads.out, heads.stride, z_,
+                    eps_, z_stride_, heads.grad},
+     encoder_way);
+  backward(encoder_, encoder_way);
+  if (!error) error = launch_update(offset, x, decoder_way);
+  return error;
+}
+
+int Schedule::launch_update(int64_t offset, const float* x, const Way& way) {
+  Update update = {};
+  update.now = now(offset);
+  update.rule = rule_of(optimizer_);
+  update.weight_prior = objective_.weight_prior;
+  update.factors = factors_ + offset;
+  update.samples = objective_.num_samples;
+  update.beta = objective_.beta;
+  const Layer& output = decoder_.back();
+  update.ll_tiles = column_tiles(way.most_rows, output.paired ? 2 * output.outs : output.outs, multiprocessors_);
+  update.kl_tiles = column_tiles(most_size_, 2 * network_.latent_dim, multiprocessors_);
+  update.ll_parts = ll_parts_;
+  update.kl_parts = kl_parts_;
+  update.ll_stride = ll_stride_;
+  update.kl_stride = kl_stride_;
+
+  // The largest layers first would be fairest; the last layer of the decoder is, and so is the encoder's first.
+  std::vector<UpdateLayer> layers;
+  for (auto* half : {&decoder_, &encoder_}) {
+    const bool encoder = half == &encoder_;
+    const float* in = encoder ? x : z_;
+    int64_t stride = encoder ? x_stride_ : z_stride_;
+    for (const Layer& layer : *half) {
+      const auto trained = [&](int i) { return parameters_[static_cast<size_t>(layer.first_parameter + i)]; };
+      UpdateLayer part = {};
+      part.samples = encoder ? 1 : objective_.num_samples;
+      part.outs = layer.paired ? 2 * layer.outs : layer.outs;
+      part.ins = layer.ins;
+      part.grad = layer.grad;
+      part.grad_stride = layer.grad_stride;
+      part.in = in;
+      part.in_stride = stride;
+      part.paired = layer.paired;
+      for (int i = 0; i < (layer.paired ? 2 : 1); ++i) {
+        part.weight[i] = trained(2 * i);
+        part.bias[i] = trained(2 * i + 1);
+      }
+      layers.push_back(part);
+      in = layer.out;
+      stride = layer.stride;
+    }
+  }
+  for (size_t begin = 0; begin < layers.size(); begin += kMostLayers) {
+    update.layers = static_cast<int>(std::min(layers.size() - begin, size_t{kMostLayers}));
+    std::copy_n(layers.begin() + static_cast<std::ptrdiff_t>(begin), update.layers, update.layer);
+    update.terms = begin == 0 ? terms_ : nullptr;
+    ++launches_;
+    if (int error = launch(update, way)) return error;
+  }
+  return cudaSuccess;
+}
+
+// --- many steps ------------------------------------------------------------------------------------------------------
+
+int Schedule::launch_steps(int64_t count, cudaStream_t stream) {
+  const Prepare prepare{now(0), count,     most_size_, data_,    rows_,   most_size_,
+                        x_,     x_stride_, optimizer_, updates_, factors_};
+  if (int error = launch(prepare, stream)) return error;
+  for (int64_t offset = 0; offset < count; ++offset) {
+    if (int error = launch_step(offset, stream)) return error;
+  }
+  return advance(cursor_, count, stream);
+}
+
+// The graph of `count` steps, captured when it is first wanted; none where there are too many already.
+int Schedule::graph_of(int64_t count, cudaGraphExec_t& graph) {
+  graph = nullptr;
+  if (auto found = graphs_.find(count); found != graphs_.end()) {
+    graph = found->second;
+    return cudaSuccess;
+  }
+  if (graphs_.size() == kMostGraphs) return cudaSuccess;
+  if (!capture_stream_) {  // not the caller's: the default stream cannot be captured
+    if (cudaError_t error = cudaStreamCreateWithFlags(&capture_stream_, cudaStreamNonBlocking)) return error;
+  }
+  if (cudaError_t error = cudaStreamBeginCapture(capture_stream_, cudaStreamCaptureModeThreadLocal)) return error;
+  const int launched = launch_steps(count, capture_stream_);
+  cudaGraph_t captured = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(capture_stream_, &captured);
+  int error = launched ? launched : static_cast<int>(ended);
+  if (!error) error = cudaGraphInstantiate(&graph, captured, 0);
+  if (captured) cudaGraphDestroy(captured);
+  if (!error) graphs_[count] = graph;
+  return error;
+}
+
+int Schedule::run(const int64_t* rows, int64_t width, const int64_t* sizes, const int64_t* seeds, int64_t n_steps,
+                  int64_t updates, float* terms, cudaStream_t stream) {
+  const auto copy = [stream](void* to, const void* from, int64_t bytes, cudaMemcpyKind kind) {
+    return cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), kind, stream);
+  };
+  constexpr int64_t kWord = sizeof(int64_t);
+  for (int64_t begin = 0; begin < n_steps; begin += most_steps_) {
+    const int64_t count = std::min(most_steps_, n_steps - begin), zero = 0, updates_before = updates + begin;
+    const size_t row_bytes = static_cast<size_t>(width * kWord);
+    cudaError_t error = copy(cursor_, &zero, kWord, cudaMemcpyHostToDevice);
+    if (!error) error = copy(updates_, &updates_before, kWord, cudaMemcpyHostToDevice);
+    if (!error) {
+      error = cudaMemcpy2DAsync(rows_, static_cast<size_t>(most_size_ * kWord), rows + begin * width, row_bytes,
+                                row_bytes, static_cast<size_t>(count), cudaMemcpyHostToDevice, stream);
+    }
+    if (!error) error = copy(sizes_, sizes + begin, count * kWord, cudaMemcpyHostToDevice);
+    if (!error) error = copy(seeds_, seeds + 2 * begin, 2 * count * kWord, cudaMemcpyHostToDevice);
+    if (error) return error;
+    for (int64_t done = 0; done < count;) {
+      const int64_t steps = std::min(group_, count - done);
+      cudaGraphExec_t graph;
+      if (int failed = graph_of(steps, graph)) return failed;
+      if (int failed = graph ? cudaGraphLaunch(graph, stream) : launch_steps(steps, stream)) return failed;
+      done += steps;
+    }
+    error = copy(terms + 3 * begin, terms_, 3 * count * static_cast<int64_t>(sizeof(float)), cudaMemcpyDeviceToHost);
+    if (!error) error = cudaStreamSynchronize(stream);
+    if (error) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace engine
+}  // namespace vae_fast

@@ -1,0 +1,96 @@
+// The training steps of a network on a GPU: the buffers and the order of the launches, many steps to a CUDA graph.
+// Plain C++ and the CUDA runtime; step.cpp makes a Python class of it.
+//
+// A step is these launches, one after another on one stream (the paper's model has eight):
+//   for every hidden layer of the encoder   HiddenForward    x -> ... -> h
+//   the heads                               LatentForward    h -> mu, logvar, eps, z, KL
+//   for every hidden layer of the decoder   HiddenForward    z -> ... -> h'
+//   the last layer                          OutputForward    h', x -> log p(x|z) and its gradient
+//   back to h'_1                            HiddenBackward   for the last layer and all hidden ones but the first
+//   the decoder's first layer               LatentBackward   -> gradient in mu and logvar
+//   back to h_1                             HiddenBackward   for the heads and all hidden layers but the first
+//   all parameters                          Update           in place, and the step's terms
+// Before them, once for all steps of a graph, Prepare gathers the minibatches; after them `advance` moves the cursor.
+// tests/cuda_schedule.py has the same schedule in Python and checks who reads and writes what.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace vae_fast {
+namespace engine {
+
+// A buffer of float by name, for tests
+struct Buffer {
+  std::string name;
+  float* values;  // [rows, stride], of which cols are used
+  int64_t rows, cols, stride;
+};
+
+class Schedule {
+ public:
+  // `parameters` as network.h numbers them. `workspace` is asked once, for memory that lasts as long as this object.
+  // Steps come in calls of up to most_steps, each of up to most_size datapoints.
+  Schedule(const Network& network, const Objective& objective, const Optimizer& optimizer, const Data& data,
+           Precision precision, std::vector<Trained> parameters, int64_t most_size, int64_t most_steps,
+           int multiprocessors, const cuda::Workspace& workspace);
+  ~Schedule();
+  Schedule(const Schedule&) = delete;
+  Schedule& operator=(const Schedule&) = delete;
+
+  // The next steps; returns a cudaError_t when they are done. On the host: rows [n_steps, width] of the data, of which
+  // step i takes the first sizes[i]; sizes [n_steps]; seeds [n_steps, 2]: noise, binarise; terms [n_steps, 3].
+  // `updates`: how many updates the parameters have had.
+  int run(const int64_t* rows, int64_t width, const int64_t* sizes, const int64_t* seeds, int64_t n_steps,
+          int64_t updates, float* terms, cudaStream_t stream);
+
+  const std::vector<Buffer>& buffers() const { return buffers_; }
+  int64_t steps_per_graph() const { return group_; }
+  int64_t launches_per_step() const { return launches_; }
+
+ private:
+  struct Layer {
+    int64_t ins, outs;
+    int first_parameter;  // its weight; the bias follows
+    bool paired;          // mu and logvar: outs outputs each
+    float* out;           // [rows, stride]: what the next layer takes; null for the last
+    float* grad;          // [rows, grad_stride]: in what comes out before the activation
+    int64_t stride, grad_stride;
+  };
+
+  void lay_out(const cuda::Workspace& workspace);
+  Now now(int64_t offset) const;
+  int launch_steps(int64_t count, cudaStream_t stream);
+  int launch_step(int64_t offset, cudaStream_t stream);
+  int launch_update(int64_t offset, const float* x, const Way& way);
+  int graph_of(int64_t count, cudaGraphExec_t& graph);
+  MatrixOf weight_of(const Layer& layer) const;
+
+  Network network_;
+  Objective objective_;
+  Optimizer optimizer_;
+  Data data_;
+  Precision precision_;
+  std::vector<Trained> parameters_;
+  int64_t most_size_, most_steps_, group_, launches_ = 0;
+  int multiprocessors_;
+
+  std::vector<Layer> encoder_, decoder_;  // the last of the encoder are the heads, of the decoder the output
+  float *x_ = nullptr, *z_ = nullptr, *eps_ = nullptr, *ll_parts_ = nullptr, *kl_parts_ = nullptr;
+  int64_t x_stride_ = 0, z_stride_ = 0, ll_stride_ = 0, kl_stride_ = 0;
+  StepFactors* factors_ = nullptr;
+  int64_t *cursor_ = nullptr, *updates_ = nullptr, *rows_ = nullptr, *sizes_ = nullptr, *seeds_ = nullptr;
+  float* terms_ = nullptr;
+  std::vector<Buffer> buffers_;
+
+  cudaStream_t capture_stream_ = nullptr;
+  std::map<int64_t, cudaGraphExec_t> graphs_;  // by number of steps
+};
+
+}  // namespace engine
+}  // namespace vae_fast

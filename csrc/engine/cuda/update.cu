@@ -1,0 +1,283 @@
+// The update of every parameter, the gradient of each weight in a tile of registers that goes straight into the
+// optimizer; the gather of minibatches; the cursor. Bytes and floors stand beside each struct in kernels.h.
+//
+// The update is the last launch of a step, and no launch of the step reads a parameter after it: parameters change in
+// place, each by one thread. The next step's launches wait for it, as all launches on a stream do.
+#include <algorithm>
+
+#include "kernels.h"
+#include "product.cuh"
+
+namespace vae_fast {
+namespace engine {
+namespace {
+
+using UpdateShape = Wide;
+constexpr int kThreads = UpdateShape::kThreads;
+
+// --- the minibatches -------------------------------------------------------------------------------------------------
+
+// high32(word(seed, i)), the uniform words of vae_fast/batches.py
+__device__ __forceinline__ uint32_t uniform_word(int64_t seed, int64_t i) {
+  uint64_t x = static_cast<uint64_t>(seed) + static_cast<uint64_t>(i + 1) * 0x9E3779B97F4A7C15ull;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return static_cast<uint32_t>((x ^ (x >> 31)) >> 32);
+}
+
+__device__ __forceinline__ float datum(const Data& data, int64_t row, int64_t col) {
+  if (data.dtype == DType::f32) return static_cast<const float*>(data.values)[row * data.cols + col];
+  const uint8_t* bytes = static_cast<const uint8_t*>(data.values);
+  if (data.dtype == DType::u8) return static_cast<float>(bytes[row * data.cols + col]);
+  return static_cast<float>(bytes[row * ((data.cols + 7) / 8) + col / 8] >> (col & 7) & 1);
+}
+
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Prepare p) {
+  const int64_t slot = blockIdx.y, step = *p.now.cursor + slot;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    const Optimizer& o = p.optimizer;
+    const UpdateKind kind = o.kind == OptimizerKind::adagrad ? UpdateKind::adagrad
+                            : o.kind == OptimizerKind::sgd   ? UpdateKind::sgd
+                                                             : UpdateKind::adam;
+    p.factors[slot] = step_factors(kind, o.lr, o.beta1, o.beta2, o.accumulate_steps, *p.updates + step + 1);
+  }
+  const int64_t fours = p.x_stride / 4, four = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t b = four / fours, col = four % fours * 4;
+  if (b >= p.now.sizes[step]) return;
+  const int64_t row = p.rows[step * p.width + b], seed = p.now.seeds[2 * step + 1];
+  float x[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (col + i >= p.data.cols) break;
+    x[i] = datum(p.data, row, col + i) * p.data.scale;
+    if (p.data.dynamic) {
+      const uint32_t word = uniform_word(seed, b * p.data.cols + col + i);
+      x[i] = static_cast<double>(word) < static_cast<double>(x[i]) * 4294967296.0 ? 1.0f : 0.0f;
+    }
+  }
+  write_four(p.x + (slot * p.most_size + b) * p.x_stride + col, x);
+}
+
+__global__ void advance_kernel(int64_t* cursor, int64_t count) { *cursor += count; }
+
+// --- the update ------------------------------------------------------------------------------------------------------
+
+// A layer as the kernel reads it: which tiles of the grid are its own.
+struct Job {
+  int64_t samples, outs, ins;
+  Matrix grad, in;
+  bool paired, aligned;  // aligned: fours of weight and state begin at multiples of 16 bytes
+  Trained weight[2], bias[2];
+  int first_tile, column_tiles;
+};
+
+struct Jobs {
+  Now now;
+  int count, tiles;
+  Job job[kMostLayers];
+  UpdateRule rule;
+  float weight_prior;
+  const StepFactors* factors;
+  float* terms;
+  int64_t samples;
+  float beta;
+  int64_t ll_tiles, kl_tiles;
+  const float *ll_parts, *kl_parts;
+  int64_t ll_stride, kl_stride;
+};
+
+__device__ __forceinline__ void load_four(const float* from, bool whole, int valid, float (&v)[4]) {
+  if (whole) {
+    read_four(from, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = i < valid ? from[i] : 0.0f;
+  }
+}
+
+__device__ __forceinline__ void store_four(float* to, bool whole, int valid, const float (&v)[4]) {
+  if (whole) {
+    write_four(to, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < valid) to[i] = v[i];
+    }
+  }
+}
+
+// Four parameters from `at` on, of which `valid` are there
+__device__ __forceinline__ void update_four(const UpdateRule& rule, const StepFactors& factors, const Trained& trained,
+                                            int64_t at, bool whole, int valid, float scale, float prior,
+                                            const float (&sums)[4]) {
+  float w[4], s0[4] = {}, s1[4] = {};
+  load_four(trained.value + at, whole, valid, w);
+  if (rule.states > 0) load_four(trained.state0 + at, whole, valid, s0);
+  if (rule.states > 1) load_four(trained.state1 + at, whole, valid, s1);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float gradient = Math<float>::fma(prior, w[i], scale * sums[i]);
+    update(rule, factors, gradient, w[i], s0[i], s1[i]);
+  }
+  store_four(trained.value + at, whole, valid, w);
+  if (rule.states > 0) store_four(trained.state0 + at, whole, valid, s0);
+  if (rule.states > 1) store_four(trained.state1 + at, whole, valid, s1);
+}
+
+// The sum of parts[t * stride + r] over tiles t and rows r, by one block: a thread's rows one after another, then the
+// threads in a tree.
+__device__ double sum_of_parts(const float* parts, int64_t tiles, int64_t rows, int64_t stride, double* scratch) {
+  double sum = 0.0;
+  for (int64_t r = threadIdx.x; r < rows; r += kThreads) {
+    for (int64_t t = 0; t < tiles; ++t) sum += parts[t * stride + r];
+  }
+  __syncthreads();
+  scratch[threadIdx.x] = sum;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
+  }
+  __syncthreads();
+  return scratch[0];
+}
+
+__device__ void write_terms(const Jobs& p, int64_t step, int64_t size, double* scratch) {
+  const int64_t rows = size * p.samples;
+  const double ll = sum_of_parts(p.ll_parts, p.ll_tiles, rows, p.ll_stride, scratch) / static_cast<double>(rows);
+  const double kl = sum_of_parts(p.kl_parts, p.kl_tiles, size, p.kl_stride, scratch) / static_cast<double>(size);
+  if (threadIdx.x != 0) return;
+  p.terms[3 * step] = static_cast<float>(ll - static_cast<double>(p.beta) * kl);
+  p.terms[3 * step + 1] = static_cast<float>(ll);
+  p.terms[3 * step + 2] = static_cast<float>(kl);
+}
+
+template <Precision kPrecision>
+__global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ Jobs p) {
+  using Shape = UpdateShape;
+  using A = typename TileMemory<Shape, false, false>::A;
+  float* memory = dynamic_shared();
+  const int64_t step = *p.now.cursor + p.now.offset, size = p.now.sizes[step];
+  const int tile_index = static_cast<int>(blockIdx.x);
+  if (tile_index == p.tiles) {
+    write_terms(p, step, size, reinterpret_cast<double*>(memory));
+    return;
+  }
+  int index = 0;
+  while (index + 1 < p.count && tile_index >= p.job[index + 1].first_tile) ++index;
+  const Job& job = p.job[index];
+  const int in_job = tile_index - job.first_tile;
+  const TileOf tile{in_job / job.column_tiles * int64_t{Shape::kRows},
+                    in_job % job.column_tiles * int64_t{Shape::kCols}, job.outs, job.ins, size * job.samples};
+
+  // The first tile of a row of tiles has the bias too: the sum of the gradient over the minibatch, in its order.
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool has_bias = tile.col == 0 && thread < Shape::kRows && tile.row + thread < tile.rows;
+  float bias_sum = 0.0f;
+  multiply_tile<kPrecision, Shape, false, false>(memory, job.grad, job.in, 0, tile, [&](const float* grad) {
+    if (has_bias) {
+#pragma unroll 8
+      for (int k = 0; k < Shape::kDepth; ++k) bias_sum += grad[k * A::kStride + thread];
+    }
+  });
+
+  const StepFactors factors = *p.factors;
+  const float scale = -1.0f / static_cast<float>(tile.ks);
+#pragma unroll
+  for (int i = 0; i < Shape::kQuads; ++i) {
+    const Four<Shape> four(memory, i);
+    const int64_t row = tile.row + four.row, col = tile.col + four.col;
+    if (row >= tile.rows || col >= tile.cols) continue;
+    const int valid = tile.cols - col < 4 ? static_cast<int>(tile.cols - col) : 4;
+    const int64_t weight_row = job.paired ? row >> 1 : row;
+    update_four(p.rule, factors, job.weight[job.paired ? row & 1 : 0], weight_row * job.ins + col,
+                job.aligned && valid == 4, valid, scale, p.weight_prior, four.value);
+  }
+  if (has_bias) {
+    const int64_t row = tile.row + thread;
+    const float sums[4] = {bias_sum};
+    update_four(p.rule, factors, job.bias[job.paired ? row & 1 : 0], job.paired ? row >> 1 : row, false, 1, scale, 0.0f,
+                sums);
+  }
+}
+
+template <Precision kPrecision>
+int launch_update(const Jobs& jobs, cudaStream_t stream) {
+  constexpr size_t kBytes = TileMemory<UpdateShape, false, false>::kBytes;
+  const auto kernel = update_kernel<kPrecision>;
+  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
+    return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(jobs.tiles + (jobs.terms ? 1 : 0)));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, jobs);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int launch(const Prepare& args, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(ceil_div(args.most_size * args.x_stride / 4, kThreads)),
+                        static_cast<unsigned>(args.count));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, prepare_kernel, args);
+  return cudaGetLastError();
+}
+
+int launch(const Update& args, const Way& way) {
+  Jobs jobs = {};
+  jobs.now = args.now;
+  jobs.count = args.layers;
+  for (int i = 0; i < args.layers; ++i) {
+    const UpdateLayer& layer = args.layer[i];
+    Job& job = jobs.job[i];
+    job = {layer.samples,
+           layer.outs,
+           layer.ins,
+           matrix_of(layer.grad, layer.grad_stride),
+           matrix_of(layer.in, layer.in_stride),
+           layer.paired,
+           true,
+           {},
+           {},
+           jobs.tiles,
+           static_cast<int>(ceil_div(layer.ins, UpdateShape::kCols))};
+    for (int half = 0; half < (layer.paired ? 2 : 1); ++half) {
+      job.weight[half] = layer.weight[half];
+      job.bias[half] = layer.bias[half];
+      for (const float* p : {layer.weight[half].value, layer.weight[half].state0, layer.weight[half].state1}) {
+        job.aligned = job.aligned && on_sixteen_bytes(p, layer.ins);  // a null is
+      }
+    }
+    jobs.tiles += static_cast<int>(ceil_div(layer.outs, UpdateShape::kRows)) * job.column_tiles;
+  }
+  jobs.rule = args.rule;
+  jobs.weight_prior = args.weight_prior;
+  jobs.factors = args.factors;
+  jobs.terms = args.terms;
+  jobs.samples = args.samples;
+  jobs.beta = args.beta;
+  jobs.ll_tiles = args.ll_tiles;
+  jobs.kl_tiles = args.kl_tiles;
+  jobs.ll_parts = args.ll_parts;
+  jobs.kl_parts = args.kl_parts;
+  jobs.ll_stride = args.ll_stride;
+  jobs.kl_stride = args.kl_stride;
+  return way.precision == Precision::exact ? launch_update<Precision::exact>(jobs, way.stream)
+                                           : launch_update<Precision::fast>(jobs, way.stream);
+}
+
+int advance(int64_t* cursor, int64_t count, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(1);
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, advance_kernel, cursor, count);
+  return cudaGetLastError();
+}
+
+}  // namespace engine
+}  // namespace vae_fast

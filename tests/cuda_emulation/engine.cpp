@@ -1,0 +1,132 @@
+// The engine of csrc/engine/cuda on the emulated device, for tests/test_cuda_engine.py to call through ctypes.
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../../csrc/engine/cuda/schedule.h"
+
+using namespace vae_fast;
+using namespace vae_fast::engine;
+
+namespace {
+
+struct Engine {
+  std::vector<Trained> parameters;
+  void* values = nullptr;
+  void* workspace = nullptr;
+  Schedule* schedule = nullptr;
+};
+
+template <class T>
+T* on_device(const T* from, int64_t count) {
+  void* p = nullptr;
+  cudaMalloc(&p, static_cast<size_t>(count) * sizeof(T));
+  if (from) std::memcpy(p, from, static_cast<size_t>(count) * sizeof(T));
+  return static_cast<T*>(p);
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Description {
+  int64_t data_dim, latent_dim, encoder_layers, decoder_layers;
+  const int64_t *encoder_hidden, *decoder_hidden;
+  int64_t activation, likelihood, estimator, num_samples, precision;
+  double beta, weight_prior;
+  int64_t optimizer;
+  double lr, eps, beta1, beta2, momentum, weight_decay;
+  int64_t accumulate_steps;
+  int64_t data_dtype, dynamic, data_rows, data_bytes;
+  double scale;
+  const void* data;
+  int64_t most_size, most_steps, multiprocessors;
+  int64_t n_parameters;
+  const int64_t* counts;  // of each parameter
+  const float* const* parameters;
+};
+
+void* engine_create(const Description* d) {
+  Network network{d->data_dim,
+                  d->latent_dim,
+                  {},
+                  {},
+                  static_cast<Activation>(d->activation),
+                  static_cast<Likelihood>(d->likelihood)};
+  network.encoder_hidden.assign(d->encoder_hidden, d->encoder_hidden + d->encoder_layers);
+  network.decoder_hidden.assign(d->decoder_hidden, d->decoder_hidden + d->decoder_layers);
+  const Objective objective{static_cast<Estimator>(d->estimator), d->num_samples, static_cast<float>(d->beta),
+                            static_cast<float>(d->weight_prior)};
+  const Optimizer optimizer{static_cast<OptimizerKind>(d->optimizer),
+                            d->lr,
+                            d->eps,
+                            d->beta1,
+                            d->beta2,
+                            d->momentum,
+                            d->weight_decay,
+                            d->accumulate_steps};
+  auto* engine = new Engine;
+  engine->values = on_device(static_cast<const char*>(d->data), d->data_bytes);
+  const Data data{static_cast<DType>(d->data_dtype),
+                  d->dynamic != 0,
+                  static_cast<float>(d->scale),
+                  d->data_rows,
+                  d->data_dim,
+                  engine->values};
+  for (int64_t i = 0; i < d->n_parameters; ++i) {
+    Trained trained{on_device(d->parameters[i], d->counts[i]), nullptr, nullptr};
+    if (optimizer.states() > 0) trained.state0 = on_device<float>(nullptr, d->counts[i]);
+    if (optimizer.states() > 1) trained.state1 = on_device<float>(nullptr, d->counts[i]);
+    engine->parameters.push_back(trained);
+  }
+  engine->schedule =
+      new Schedule(network, objective, optimizer, data, static_cast<Precision>(d->precision), engine->parameters,
+                   d->most_size, d->most_steps, static_cast<int>(d->multiprocessors), [engine](size_t bytes) {
+                     // What nobody has written is NaN.
+                     engine->workspace = on_device<char>(nullptr, static_cast<int64_t>(bytes));
+                     std::memset(engine->workspace, 0xff, bytes);
+                     return engine->workspace;
+                   });
+  return engine;
+}
+
+int engine_run(void* engine, const int64_t* rows, int64_t width, const int64_t* sizes, const int64_t* seeds,
+               int64_t n_steps, int64_t updates, float* terms) {
+  return static_cast<Engine*>(engine)->schedule->run(rows, width, sizes, seeds, n_steps, updates, terms, nullptr);
+}
+
+// What a parameter (0) or a state of it (1, 2) holds
+void engine_parameter(void* engine, int64_t index, int64_t which, int64_t count, float* to) {
+  const Trained& trained = static_cast<Engine*>(engine)->parameters[static_cast<size_t>(index)];
+  const float* from[] = {trained.value, trained.state0, trained.state1};
+  std::memcpy(to, from[which], static_cast<size_t>(count) * sizeof(float));
+}
+
+// The i-th buffer: its name (null beyond the last), place and shape
+const char* engine_buffer(void* engine, int64_t i, float** values, int64_t* rows, int64_t* cols, int64_t* stride) {
+  const std::vector<Buffer>& buffers = static_cast<Engine*>(engine)->schedule->buffers();
+  if (i >= static_cast<int64_t>(buffers.size())) return nullptr;
+  const Buffer& buffer = buffers[static_cast<size_t>(i)];
+  *values = buffer.values;
+  *rows = buffer.rows;
+  *cols = buffer.cols;
+  *stride = buffer.stride;
+  return buffer.name.c_str();
+}
+
+int64_t engine_launches_per_step(void* engine) { return static_cast<Engine*>(engine)->schedule->launches_per_step(); }
+
+void engine_destroy(void* engine) {
+  auto* e = static_cast<Engine*>(engine);
+  delete e->schedule;
+  for (const Trained& trained : e->parameters) {
+    cudaFree(trained.value);
+    cudaFree(trained.state0);
+    cudaFree(trained.state1);
+  }
+  cudaFree(e->values);
+  cudaFree(e->workspace);
+  delete e;
+}
+
+}  // extern "C"

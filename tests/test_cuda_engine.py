@@ -1,0 +1,360 @@
+"""The CUDA engine without a GPU: its kernels and its schedule on the emulated device of tests/cuda_emulation,
+buffer by buffer and step by step against the reference engine in float64."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cuda_engine import EmulatedEngine, compile_engine
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vae_fast import reference
+from vae_fast.batches import ArraySource
+from vae_fast.datasets import Prepared
+from vae_fast.engines import AutogradEngine, Plan, StepProgram
+from vae_fast.estimators import BINARISE, NOISE, step_seed
+from vae_fast.nn import VAE, MLPDecoder, MLPEncoder
+from vae_fast.optim import make_optimizer
+
+pytestmark = pytest.mark.slow
+SEED = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    data_dim: int = 13
+    encoder_hidden: tuple[int, ...] = (18,)
+    decoder_hidden: tuple[int, ...] = (18,)
+    latent_dim: int = 3
+    activation: str = "tanh"
+    likelihood: str = "bernoulli"
+    mean_activation: str | None = None
+    estimator: str = "sgvb_b"
+    num_samples: int = 1
+    beta: float = 1.0
+    weight_prior: bool = False
+    optimizer: str = "adagrad"
+    options: dict[str, Any] = field(default_factory=lambda: {"lr": 0.05, "accumulate_steps": 1})
+    kind: str = "real"
+    data_dtype: str = "u8"
+    count: int = 23
+    batch_size: int = 9
+    steps: int = 4
+    multiprocessors: int = 132
+    precision: str = "exact"
+
+
+CASES = {
+    "the paper's model": Case(784, (500,), (500,), 20, batch_size=5, steps=2, kind="binary"),
+    "widths of fours": Case(16, (20,), (20,), 4),
+    "two hidden layers, ReLU": Case(30, (40, 12), (7, 33), 6, activation="relu", batch_size=35, count=80),
+    "no hidden layers": Case(encoder_hidden=(), decoder_hidden=()),
+    "Gaussian": Case(likelihood="gaussian", data_dtype="f32", encoder_hidden=(70,)),
+    "Gaussian, sigmoid mean": Case(likelihood="gaussian", mean_activation="sigmoid", num_samples=2),
+    "Gaussian straight from z": Case(
+        likelihood="gaussian", decoder_hidden=(), num_samples=3, estimator="sgvb_a"
+    ),
+    "three samples": Case(num_samples=3, beta=0.7, weight_prior=True),
+    "SGVB-A": Case(estimator="sgvb_a", beta=1.3, latent_dim=18),
+    "SGVB-A, three samples": Case(estimator="sgvb_a", num_samples=3),
+    "dynamic": Case(kind="dynamic", data_dtype="u8"),
+    "dynamic floats": Case(kind="dynamic", data_dtype="f32"),
+    "bits": Case(kind="binary", data_dtype="bits"),
+    "SGD": Case(optimizer="sgd", options={"lr": 0.02, "weight_decay": 0.1}, weight_prior=True),
+    "SGD with momentum": Case(optimizer="sgd", options={"lr": 0.02, "momentum": 0.9}),
+    "Adam": Case(optimizer="adam", options={"lr": 0.01, "weight_decay": 0.1}),
+    "AdamW": Case(optimizer="adamw", options={"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.95)}),
+    "many rows": Case(encoder_hidden=(70,), decoder_hidden=(66,), batch_size=150, count=200, steps=2),
+    # Few multiprocessors are filled by large tiles.
+    "large tiles": Case(130, (70,), (66,), 40, batch_size=70, count=100, steps=2, multiprocessors=1),
+    "large tiles, Gaussian": Case(
+        70,
+        (66, 65),
+        (70, 35),
+        33,
+        "relu",
+        "gaussian",
+        num_samples=2,
+        batch_size=40,
+        steps=2,
+        multiprocessors=1,
+    ),
+}
+# With SGD, whose moves are in proportion to the gradient, where dividing by it magnifies small ones, and with
+# tanh, where a rounded sum near zero does not switch a unit off.
+SMOOTH = {"optimizer": "sgd", "options": {"lr": 0.02}, "activation": "tanh"}
+FAST = {
+    f"{name}, fast": replace(CASES[name], precision="fast", **SMOOTH)
+    for name in ("the paper's model", "three samples", "large tiles, Gaussian")
+}
+
+
+def data_of(case: Case) -> tuple[Prepared, NDArray[Any]]:
+    """The data as the reference takes them, and as the engine does."""
+    random = np.random.default_rng(1)
+    shape = (case.count, case.data_dim)
+    if case.kind == "binary":
+        values = random.integers(0, 2, shape, dtype=np.uint8)
+        packed = np.packbits(values, axis=1, bitorder="little") if case.data_dtype == "bits" else values
+        return Prepared(torch.from_numpy(values), "binary", 1.0, ""), packed
+    if case.data_dtype == "f32":
+        floats = random.random(shape, dtype=np.float32)
+        return Prepared(torch.from_numpy(floats), case.kind, 1.0, ""), floats
+    values = random.integers(0, 256, shape, dtype=np.uint8)
+    return Prepared(torch.from_numpy(values), case.kind, 255.0, ""), values
+
+
+def model_of(case: Case) -> VAE:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        encoder = MLPEncoder(case.data_dim, case.encoder_hidden, case.latent_dim, case.activation)
+        decoder = MLPDecoder(
+            case.latent_dim,
+            case.decoder_hidden,
+            case.data_dim,
+            case.likelihood,
+            case.activation,
+            case.mean_activation,
+        )
+    return VAE(encoder=encoder, decoder=decoder, likelihood=case.likelihood)
+
+
+class Reference:
+    """The reference engine in float64, and what every linear layer gives and gets back in its first step."""
+
+    def __init__(self, case: Case) -> None:
+        prepared, _ = data_of(case)
+        self.case = case
+        self.model = model_of(case).double()
+        self.source = ArraySource(
+            prepared, batch_size=case.batch_size, seed=SEED, order="shuffle", device=torch.device("cpu")
+        )
+        plan = Plan(SEED, case.estimator, case.num_samples, case.beta, case.weight_prior)
+        self.optimizer = make_optimizer(case.optimizer, self.model.parameters(), **case.options)
+        self.program = StepProgram(
+            reference, self.model, self.optimizer, self.source, plan, torch.device("cpu")
+        )
+        self.engine = AutogradEngine("reference", self.program)
+
+    def buffers(self) -> dict[str, NDArray[np.float64]]:
+        """Of the first step, under the names of Schedule::lay_out; the optimizer takes none."""
+        seen: dict[nn.Module, list[Tensor]] = {}
+        layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, nn.Tanh, nn.ReLU))]
+
+        def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.retain_grad()
+            seen[module] = [args[0], output]
+
+        hooks = [layer.register_forward_hook(see) for layer in layers]
+        self.program.load(0, 1)
+        size = int(self.source.sizes(0, 1)[0])
+        estimate = self.program.estimate(size)
+        (-estimate.objective.mean()).backward()
+        for hook in hooks:
+            hook.remove()
+        self.model.zero_grad()
+
+        def both(first: Tensor, second: Tensor) -> Tensor:
+            return torch.stack((first, second), dim=-1).flatten(-2)
+
+        found: dict[str, Tensor] = {"x": self.program.minibatch(size)[1]}
+        for half, net in (("encoder", self.model.encoder), ("decoder", self.model.decoder)):
+            scale = -size * (1 if half == "encoder" else self.case.num_samples)
+            for i in range(len(net.hidden) // 2):
+                found[f"{half}.{i}"] = seen[net.hidden[2 * i + 1]][1]
+                found[f"grad {half}.{i}"] = scale * seen[net.hidden[2 * i]][1].grad
+        encoder, decoder = self.model.encoder, self.model.decoder
+        mu, logvar = seen[encoder.mu][1], seen[encoder.logvar][1]
+        found["encoder.heads"] = both(mu, logvar)
+        found["grad encoder.heads"] = -size * both(mu.grad, logvar.grad)
+        outputs = [decoder.logits] if self.case.likelihood == "bernoulli" else [decoder.mean, decoder.logvar]
+        grads = [-size * self.case.num_samples * seen[layer][1].grad for layer in outputs]
+        found["grad decoder.output"] = grads[0] if len(grads) == 1 else both(*grads)
+        found["z"] = seen[decoder.hidden[0] if len(decoder.hidden) else outputs[0]][0]
+        found["eps"] = reference.philox_normal(
+            (*found["z"].shape,), seed=step_seed(SEED, 0, NOISE), dtype=torch.float64
+        )
+        return {name: value.detach().flatten(0, -2).double().numpy() for name, value in found.items()}
+
+    def states(self) -> list[list[NDArray[np.float64]]]:
+        names = {"adagrad": ("sum",), "sgd": ("momentum_buffer",)}.get(
+            self.case.optimizer, ("exp_avg", "exp_avg_sq")
+        )
+        found = []
+        for name in names:
+            kept = [self.optimizer.state[p].get(name) for p in self.model.parameters()]
+            if kept[0] is not None:
+                found.append([value.detach().numpy() for value in kept])
+        return found
+
+
+def engine_of(
+    library: ctypes.CDLL, case: Case, most_steps: int = 3, weights: list[NDArray[np.float32]] | None = None
+) -> EmulatedEngine:
+    prepared, values = data_of(case)
+    options = {"eps": 1e-8, **case.options}
+    options["beta1"], options["beta2"] = options.pop("betas", (0.9, 0.999))
+    likelihood = case.likelihood + ("_sigmoid_mean" if case.mean_activation else "")
+    return EmulatedEngine(
+        library,
+        latent_dim=case.latent_dim,
+        encoder_hidden=case.encoder_hidden,
+        decoder_hidden=case.decoder_hidden,
+        activation=case.activation,
+        likelihood=likelihood,
+        estimator=case.estimator,
+        num_samples=case.num_samples,
+        beta=case.beta,
+        weight_prior=1 / case.count if case.weight_prior else 0.0,
+        optimizer=case.optimizer,
+        options=options,
+        precision=case.precision,
+        data=values,
+        data_dim=case.data_dim,
+        data_dtype=case.data_dtype,
+        dynamic=case.kind == "dynamic",
+        scale=1 / prepared.scale,
+        most_size=min(case.batch_size, case.count),
+        most_steps=most_steps,
+        multiprocessors=case.multiprocessors,
+        parameters=weights or [p.detach().numpy() for p in model_of(case).parameters()],
+    )
+
+
+def schedule_of(source: ArraySource, first: int, n: int) -> tuple[NDArray[np.int64], ...]:
+    seeds = [
+        [step_seed(SEED, step, stream) for stream in (NOISE, BINARISE)] for step in range(first, first + n)
+    ]
+    return source.rows(first, n), source.sizes(first, n), np.array(seeds, dtype=np.int64)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compile_engine(tmp_path_factory.mktemp("cuda_engine"))
+
+
+@pytest.fixture
+def made() -> Iterator[list[EmulatedEngine]]:
+    engines: list[EmulatedEngine] = []
+    yield engines
+    for engine in engines:
+        engine.close()
+
+
+def assert_close(name: str, ours: NDArray[Any], exact: NDArray[Any], bound: float) -> None:
+    """Within ``bound`` times the largest magnitude."""
+    error = np.abs(ours.astype(np.float64) - exact).max(initial=0)
+    scale = np.abs(exact).max(initial=0)
+    assert error <= bound * scale + 1e-30, f"{name}: error {error:.3g} of {scale:.3g}"
+
+
+def precision_of(case: Case) -> float:
+    return 2e-6 if case.precision == "exact" else 2e-2
+
+
+@pytest.mark.parametrize("name", [*CASES, *FAST])
+def test_every_buffer_of_a_step_is_that_of_the_reference(
+    library: ctypes.CDLL, made: list[EmulatedEngine], name: str
+) -> None:
+    case = {**CASES, **FAST}[name]
+    wanted = Reference(case)
+    buffers = wanted.buffers()
+    made.append(engine := engine_of(library, case))
+    terms = engine.run(*schedule_of(wanted.source, 0, 1))
+    found = engine.buffers()
+    assert set(buffers) | {"ll_parts", "kl_parts"} == set(found)
+    for key, value in buffers.items():
+        assert_close(
+            key, found[key][: len(value)], value, 1e-6 if key in ("x", "eps") else precision_of(case)
+        )
+    assert_close("terms", terms, wanted.engine.run(1).numpy(), precision_of(case))
+
+
+@pytest.mark.parametrize("name", [*CASES, *FAST])
+def test_steps_leave_what_the_reference_leaves(
+    library: ctypes.CDLL, made: list[EmulatedEngine], name: str
+) -> None:
+    case = {**CASES, **FAST}[name]
+    wanted = Reference(case)
+    made.append(engine := engine_of(library, case))
+    terms = engine.run(*schedule_of(wanted.source, 0, case.steps))
+    assert_close("terms", terms, wanted.engine.run(case.steps).numpy(), 3 * precision_of(case))
+    before = [p.detach().double().numpy() for p in model_of(case).parameters()]
+    for i, (ours, p) in enumerate(zip(engine.parameters(), wanted.model.parameters(), strict=True)):
+        moved = p.detach().numpy() - before[i]
+        assert np.abs(moved).max() > 0
+        # of the distance moved, and of the rounding of the parameter itself
+        bound = (5e-4 if case.precision == "exact" else 0.3) * np.abs(moved).max() + 2e-7 * np.abs(
+            before[i]
+        ).max()
+        error = np.abs(ours - p.detach().numpy()).max()
+        assert error <= bound, f"parameter {i}: error {error:.3g}, moved {np.abs(moved).max():.3g}"
+    for which, states in enumerate(wanted.states(), 1):
+        for ours, state in zip(engine.parameters(which), states, strict=True):
+            assert_close(f"state {which}", ours, state, 10 * precision_of(case))
+
+
+@pytest.mark.parametrize("name", ["three samples", "large tiles, Gaussian"])
+def test_steps_have_the_same_bits_however_they_are_cut_into_calls_and_graphs(
+    library: ctypes.CDLL, made: list[EmulatedEngine], name: str
+) -> None:
+    case = replace(CASES[name], batch_size=9)
+    source = Reference(case).source
+    n = 7
+    made += [engine_of(library, case, most_steps) for most_steps in (7, 3, 1)]
+    whole, threes, ones = made
+    terms = whole.run(*schedule_of(source, 0, n))
+    assert np.isfinite(terms).all()
+    np.testing.assert_array_equal(threes.run(*schedule_of(source, 0, n)), terms)  # in graphs of 3, 3 and 1
+    np.testing.assert_array_equal(
+        np.concatenate([ones.run(*schedule_of(source, step, 1)) for step in range(n)]), terms
+    )
+    for which in (0, 1):
+        for same in zip(*(engine.parameters(which) for engine in made), strict=True):
+            np.testing.assert_array_equal(same[1], same[0])
+            np.testing.assert_array_equal(same[2], same[0])
+
+
+def test_adagrad_that_only_accumulates_leaves_every_bit(
+    library: ctypes.CDLL, made: list[EmulatedEngine]
+) -> None:
+    case = Case(options={"lr": 0.05, "accumulate_steps": 2})
+    source = Reference(case).source
+    made.append(engine := engine_of(library, case))
+    before = engine.parameters()
+    engine.run(*schedule_of(source, 0, 2))
+    for ours, start, state in zip(engine.parameters(), before, engine.parameters(1), strict=True):
+        np.testing.assert_array_equal(ours, start)
+        assert state.any()
+    engine.run(*schedule_of(source, 2, 1))
+    assert any((ours != start).any() for ours, start in zip(engine.parameters(), before, strict=True))
+
+
+def test_a_parameter_that_is_nan_shows_in_every_term(
+    library: ctypes.CDLL, made: list[EmulatedEngine]
+) -> None:
+    case = Case(data_dtype="f32", activation="relu")
+    source = Reference(case).source
+    made.append(engine := engine_of(library, case))
+    rows, sizes, seeds = schedule_of(source, 0, 1)
+    assert np.isfinite(engine.run(rows, sizes, seeds)).all()
+    weight = [p.detach().numpy().copy() for p in model_of(case).parameters()]
+    weight[0][0, 0] = np.nan
+    made.append(spoilt := engine_of(library, case, weights=weight))
+    assert np.isnan(spoilt.run(rows, sizes, seeds)).all()
+
+
+def test_the_papers_model_takes_eight_launches_a_step(
+    library: ctypes.CDLL, made: list[EmulatedEngine]
+) -> None:
+    case = Case()  # one hidden layer in either half, as in the paper
+    made.append(engine := engine_of(library, case))
+    engine.run(*schedule_of(Reference(case).source, 0, 1))
+    assert engine.launches_per_step() == 8
