@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from cuda_engine import EmulatedEngine, compile_engine
+from cuda_schedule import Twin
+from cuda_schedule import run as run_twin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -358,3 +360,43 @@ def test_the_papers_model_takes_eight_launches_a_step(
     made.append(engine := engine_of(library, case))
     engine.run(*schedule_of(Reference(case).source, 0, 1))
     assert engine.launches_per_step() == 8
+
+
+SCHEDULES = (
+    "two hidden layers, ReLU",
+    "no hidden layers",
+    "three samples",
+    "SGVB-A, three samples",
+    "large tiles",
+)
+SCHEDULES += ("Gaussian straight from z", "Gaussian, sigmoid mean", "large tiles, Gaussian", "SGVB-A")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_schedule_in_python_has_no_hazard_and_takes_the_steps_of_the_reference(name: str) -> None:
+    case = replace(CASES[name], optimizer="sgd", options={"lr": 0.02})
+    wanted = Reference(case)
+    twin = Twin(
+        [p.detach().numpy() for p in wanted.model.parameters()],
+        encoder_layers=len(case.encoder_hidden),
+        decoder_layers=len(case.decoder_hidden),
+        activation=case.activation,
+        likelihood=case.likelihood + ("_sigmoid_mean" if case.mean_activation else ""),
+        estimator=case.estimator,
+        samples=case.num_samples,
+        beta=case.beta,
+        weight_prior=1 / case.count if case.weight_prior else 0.0,
+        lr=0.02,
+        multiprocessors=case.multiprocessors,
+    )
+    minibatches = []
+    wanted.program.load(0, case.steps)
+    for step, size in enumerate(wanted.source.sizes(0, case.steps).tolist()):
+        wanted.program.cursor.fill_(step)
+        shape = (case.num_samples * size, case.latent_dim)
+        eps = reference.philox_normal(shape, seed=step_seed(SEED, step, NOISE), dtype=torch.float64)
+        minibatches.append({"x": wanted.program.minibatch(size)[1].double().numpy(), "eps": eps.numpy()})
+    terms = run_twin(twin, minibatches, seed=0)
+    np.testing.assert_allclose(terms, wanted.engine.run(case.steps).numpy(), rtol=1e-12)
+    for i, p in enumerate(wanted.model.parameters()):
+        np.testing.assert_allclose(twin.memory[f"parameter {i}"], p.detach().numpy(), rtol=1e-10, atol=1e-13)

@@ -113,6 +113,16 @@ void wait_for_copies() {
   }
 }
 
+inline void read_four(const float* from, float (&v)[4]) {
+  check_alignment(from, 16);
+  std::memcpy(v, from, sizeof v);
+}
+
+inline void write_four(float* to, const float (&v)[4]) {
+  check_alignment(to, 16);
+  std::memcpy(to, v, sizeof v);
+}
+
 inline float* dynamic_shared() { return emulation::block().shared; }
 
 }  // namespace engine

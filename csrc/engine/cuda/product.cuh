@@ -65,23 +65,6 @@ inline Matrix matrix_of(const float* first, int64_t stride, const float* second 
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-__device__ __forceinline__ void write_four(float* to, const float (&v)[4]) {  // `to` at a multiple of 16 bytes
-  float4 four;
-  four.x = v[0];
-  four.y = v[1];
-  four.z = v[2];
-  four.w = v[3];
-  *reinterpret_cast<float4*>(to) = four;
-}
-
-__device__ __forceinline__ void read_four(const float* from, float (&v)[4]) {
-  const float4 four = *reinterpret_cast<const float4*>(from);
-  v[0] = four.x;
-  v[1] = four.y;
-  v[2] = four.z;
-  v[3] = four.w;
-}
-
 // A chunk of an operand in shared memory: kLines lines of kWidth floats, a line being a row (kByRow), or else one k for
 // all rows. The padding keeps the lanes of a warp that read fragments out of each other's banks.
 template <int kRows, int kDepth, bool kByRow>

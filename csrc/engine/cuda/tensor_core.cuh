@@ -1,6 +1,6 @@
 // What the engine's kernels take from the hardware beyond CUDA C++: products of a warp on tensor cores, copies from
-// global to shared memory that do not wait, and shared memory of a size given at the launch. All of it is there from
-// sm_80 on. tests/cuda_emulation/tensor_core.h has the same functions for the emulated device.
+// global to shared memory that do not wait, accesses of 16 bytes, and shared memory of a size given at the launch. All
+// of it is there from sm_80 on. tests/cuda_emulation/tensor_core.h has the same functions for the emulated device.
 //
 // A warp holds its operands in fragments; with g = lane / 4 and t = lane % 4 the lane has, of a 16 x K product,
 //   A [16, K]: rows g and g + 8;   B [8, K], row n of it the n-th column of the product: row g;
@@ -91,6 +91,17 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kGroups>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// Four floats of global memory in one access of 16 bytes, to which `from` and `to` are aligned. In assembly because the
+// compiler, left to itself, makes four accesses of what stands beside branches on single elements.
+__device__ __forceinline__ void read_four(const float* from, float (&v)[4]) {
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "l"(from));
+}
+
+__device__ __forceinline__ void write_four(float* to, const float (&v)[4]) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
 }
 
 __device__ __forceinline__ float* dynamic_shared() {

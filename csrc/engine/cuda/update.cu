@@ -86,43 +86,50 @@ struct Jobs {
   int64_t ll_stride, kl_stride;
 };
 
-__device__ __forceinline__ void load_four(const float* from, bool whole, int valid, float (&v)[4]) {
+// Four floats from `at` on, of which `valid` are there; in one access if `whole`.
+__device__ __forceinline__ void load_some(const float* at, bool whole, int valid, float (&v)[4]) {
   if (whole) {
-    read_four(from, v);
+    read_four(at, v);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = i < valid ? from[i] : 0.0f;
+    for (int i = 0; i < 4; ++i) v[i] = i < valid ? at[i] : 0.0f;
   }
 }
 
-__device__ __forceinline__ void store_four(float* to, bool whole, int valid, const float (&v)[4]) {
+__device__ __forceinline__ void store_some(float* at, bool whole, int valid, const float (&v)[4]) {
   if (whole) {
-    write_four(to, v);
+    write_four(at, v);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (i < valid) to[i] = v[i];
+      if (i < valid) at[i] = v[i];
     }
   }
 }
 
-// Four parameters from `at` on, of which `valid` are there
-__device__ __forceinline__ void update_four(const UpdateRule& rule, const StepFactors& factors, const Trained& trained,
-                                            int64_t at, bool whole, int valid, float scale, float prior,
-                                            const float (&sums)[4]) {
-  float w[4], s0[4] = {}, s1[4] = {};
-  load_four(trained.value + at, whole, valid, w);
-  if (rule.states > 0) load_four(trained.state0 + at, whole, valid, s0);
-  if (rule.states > 1) load_four(trained.state1 + at, whole, valid, s1);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float gradient = Math<float>::fma(prior, w[i], scale * sums[i]);
-    update(rule, factors, gradient, w[i], s0[i], s1[i]);
+// Four parameters and their states, in registers between load and take_step
+struct Parameters {
+  float w[4], s0[4], s1[4];
+
+  __device__ __forceinline__ void load(const Trained& from, int64_t at, bool whole, int valid, int states) {
+    load_some(from.value + at, whole, valid, w);
+    if (states > 0) load_some(from.state0 + at, whole, valid, s0);
+    if (states > 1) load_some(from.state1 + at, whole, valid, s1);
   }
-  store_four(trained.value + at, whole, valid, w);
-  if (rule.states > 0) store_four(trained.state0 + at, whole, valid, s0);
-  if (rule.states > 1) store_four(trained.state1 + at, whole, valid, s1);
-}
+
+  __device__ __forceinline__ void take_step(const Trained& to, int64_t at, bool whole, int valid,
+                                            const UpdateRule& rule, const StepFactors& factors, float scale,
+                                            float prior, const float (&sums)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float gradient = Math<float>::fma(prior, w[i], scale * sums[i]);
+      update(rule, factors, gradient, w[i], s0[i], s1[i]);
+    }
+    store_some(to.value + at, whole, valid, w);
+    if (rule.states > 0) store_some(to.state0 + at, whole, valid, s0);
+    if (rule.states > 1) store_some(to.state1 + at, whole, valid, s1);
+  }
+};
 
 // The sum of parts[t * stride + r] over tiles t and rows r, by one block: a thread's rows one after another, then the
 // threads in a tree.
@@ -182,21 +189,39 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
 
   const StepFactors factors = *p.factors;
   const float scale = -1.0f / static_cast<float>(tile.ks);
-#pragma unroll
-  for (int i = 0; i < Shape::kQuads; ++i) {
-    const Four<Shape> four(memory, i);
-    const int64_t row = tile.row + four.row, col = tile.col + four.col;
-    if (row >= tile.rows || col >= tile.cols) continue;
+  // A thread's fours stand below each other, in every kRowStep-th row: of the same tensor, since the step is even. All
+  // of them are on their way before the first is used.
+  constexpr int kRowStep = Shape::kThreads / (Shape::kCols / 4);
+  static_assert(kRowStep % 2 == 0);
+  const int64_t first_row = tile.row + thread / (Shape::kCols / 4), col = tile.col + thread % (Shape::kCols / 4) * 4;
+  if (first_row < tile.rows && col < tile.cols) {
+    const Trained trained = job.weight[job.paired ? first_row & 1 : 0];
     const int valid = tile.cols - col < 4 ? static_cast<int>(tile.cols - col) : 4;
-    const int64_t weight_row = job.paired ? row >> 1 : row;
-    update_four(p.rule, factors, job.weight[job.paired ? row & 1 : 0], weight_row * job.ins + col,
-                job.aligned && valid == 4, valid, scale, p.weight_prior, four.value);
+    const bool whole = job.aligned && valid == 4;
+    const int64_t first = (job.paired ? first_row >> 1 : first_row) * job.ins + col;
+    const int64_t stride = (job.paired ? kRowStep / 2 : kRowStep) * job.ins;
+    Parameters parameters[Shape::kQuads] = {};
+#pragma unroll
+    for (int i = 0; i < Shape::kQuads; ++i) {
+      if (first_row + i * kRowStep < tile.rows) {
+        parameters[i].load(trained, first + i * stride, whole, valid, p.rule.states);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kQuads; ++i) {
+      if (first_row + i * kRowStep >= tile.rows) break;
+      const Four<Shape> four(memory, i);
+      parameters[i].take_step(trained, first + i * stride, whole, valid, p.rule, factors, scale, p.weight_prior,
+                              four.value);
+    }
   }
   if (has_bias) {
-    const int64_t row = tile.row + thread;
+    const int64_t row = tile.row + thread, at = job.paired ? row >> 1 : row;
+    const Trained& trained = job.bias[job.paired ? row & 1 : 0];
     const float sums[4] = {bias_sum};
-    update_four(p.rule, factors, job.bias[job.paired ? row & 1 : 0], job.paired ? row >> 1 : row, false, 1, scale, 0.0f,
-                sums);
+    Parameters own = {};
+    own.load(trained, at, false, 1, p.rule.states);
+    own.take_step(trained, at, false, 1, p.rule, factors, scale, 0.0f, sums);
   }
 }
 
