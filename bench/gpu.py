@@ -6,7 +6,7 @@ python -m bench.gpu --plan      prints three commands of at most ten minutes eac
 Needs torch, nvcc, ninja and pytest; no network. Run it in the root of a checkout. A part that fails or runs
 out of time is recorded, and the next one goes on; the exit status says whether all passed. Into DIR go
 gpu.json (all that was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt, operators.png,
-operators.html, and for bench.summary latency.json, sizes.json and rivals.json.
+operators.html, native_step.json, and for bench.summary latency.json, sizes.json and rivals.json.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ BUILD = ROOT / "build/bench"  # ignored by git; kept from part to part, and from
 SHARES = {
     "build": 2.6,
     "tests": 1.9,
-    "sanitizer": 1.0,
+    "sanitizer": 1.2,
+    "native_step": 0.8,
     "bench": 2.5,
     "latency": 1.5,
     "sizes": 4.0,
     "rivals": 6.9,
 }
 # Where a command may take ten minutes at most. A build that is there already takes seconds.
-PLAN = ("build,tests,sanitizer,bench", "build,latency,sizes", "build,rivals")
+PLAN = ("build,tests,sanitizer,native_step,bench", "build,latency,sizes", "build,rivals")
 SIZES = ("128x20", "128x784", "1024x1024", "16384x1024", "65536x1024")  # to 2**26 elements
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 LOG_BYTES = 100_000  # of a log that is kept: its end
@@ -208,14 +209,17 @@ def tests(session: Session, deadline: float) -> Part:
 
 
 def sanitizer(session: Session, deadline: float) -> Part:
-    """compute-sanitizer's four tools over the kernels' test program and over every operator."""
+    """compute-sanitizer's four tools over the kernels' test program, every operator and the engine."""
     part = Part()
     tool = find_sanitizer()
     if tool is None:
         part.status = "skipped"
         part.notes.append("no compute-sanitizer on PATH or in CUDA_HOME")
         return part
-    programs: dict[str, list[str | Path]] = {"operators": [sys.executable, "-m", "bench.every_operator"]}
+    programs: dict[str, list[str | Path]] = {
+        "operators": [sys.executable, "-m", "bench.every_operator"],
+        "engine": [sys.executable, "-m", "bench.native_step", "--once"],
+    }
     if (BUILD / "kernels_test").exists():
         programs["kernels"] = [BUILD / "kernels_test", "--quick"]
 
@@ -285,6 +289,14 @@ def bench(session: Session, deadline: float) -> Part:
     return part
 
 
+def native_step(session: Session, deadline: float) -> Part:
+    """Whether the native engine's step is right, and how long it takes."""
+    part = Part()
+    quick = ["--quick"] if session.quick else []
+    part.text = _measured(part, ["bench.native_step", "--out", session.out, *quick], deadline).output
+    return part
+
+
 def latency(session: Session, deadline: float) -> Part:
     """What waiting, broadcasting and making noise cost."""
     part = Part()
@@ -345,6 +357,7 @@ PARTS: dict[str, Callable[[Session, float], Part]] = {
     "build": build,
     "tests": tests,
     "sanitizer": sanitizer,
+    "native_step": native_step,
     "bench": bench,
     "latency": latency,
     "sizes": sizes,

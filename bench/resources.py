@@ -1,7 +1,7 @@
 """What the compiler made of every CUDA kernel: registers, stack frame and spills; from the machine code, the
 widths of the accesses to global memory and the instructions per element.
 
-python -m bench.resources [--arch 80 90a]     compiles csrc/cuda with nvcc; needs no GPU
+python -m bench.resources [--arch 80 90a]     compiles the kernels with nvcc; needs no GPU
 
 The machine code is read where cuobjdump and nvdisasm are on PATH or in CUDA_HOME (there are wheels of them:
 nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). The exit status is 1 where a kernel spills or a vector kernel
@@ -51,7 +51,12 @@ class Kernel:
 
     @property
     def is_vector(self) -> bool:
-        """Whether it moves chunks in vectors: its first template argument that is no type (kVector)."""
+        """Whether it moves chunks in vectors: its first template argument that is no type (kVector).
+
+        The engine's product_kernel walks no rows; its accesses are not judged here.
+        """
+        if "product_kernel" in self.name:
+            return False
         flags = re.findall(r"\btrue\b|\bfalse\b", self.name)
         return flags[:1] == ["true"]
 
@@ -83,7 +88,9 @@ def find_tools() -> dict[str, str] | None:
 
 def compile_kernels(nvcc: str, arch: str, objects: Path) -> tuple[list[Kernel], str]:
     """Compiles every kernel file to ``objects``; the kernels, and the compiler's messages if it failed."""
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    sources = [
+        path for folder in ("csrc/cuda", "csrc/engine/cuda") for path in sorted((ROOT / folder).glob("*.cu"))
+    ]
     flags = [
         "-O3",
         "-std=c++20",

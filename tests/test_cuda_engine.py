@@ -279,13 +279,56 @@ def test_every_buffer_of_a_step_is_that_of_the_reference(
     assert_close("terms", terms, wanted.engine.run(1).numpy(), precision_of(case))
 
 
-@pytest.mark.parametrize("name", [*CASES, *FAST])
-def test_steps_leave_what_the_reference_leaves(
-    library: ctypes.CDLL, made: list[EmulatedEngine], name: str
-) -> None:
-    case = {**CASES, **FAST}[name]
+class DeviceEngine:
+    """vae_fast._C.CudaStep on a GPU, with the methods of EmulatedEngine that the steps' tests use."""
+
+    def __init__(self, case: Case) -> None:
+        from vae_fast import _C
+
+        prepared, values = data_of(case)
+        options = {"eps": 1e-8, **case.options}
+        options["beta1"], options["beta2"] = options.pop("betas", (0.9, 0.999))
+        device = torch.device("cuda")
+        parameters = [p.detach().to(device, copy=True) for p in model_of(case).parameters()]
+        count = {"sgd": int("momentum" in options), "adagrad": 1}.get(case.optimizer, 2)
+        self._tensors = [parameters, *([torch.zeros_like(p) for p in parameters] for _ in range(count))]
+        self._updates = 0
+        self._step = _C.CudaStep(
+            data_dim=case.data_dim,
+            latent_dim=case.latent_dim,
+            encoder_hidden=list(case.encoder_hidden),
+            decoder_hidden=list(case.decoder_hidden),
+            activation=case.activation,
+            likelihood=case.likelihood + ("_sigmoid_mean" if case.mean_activation else ""),
+            estimator=case.estimator,
+            num_samples=case.num_samples,
+            beta=case.beta,
+            weight_prior=1 / case.count if case.weight_prior else 0.0,
+            optimizer=case.optimizer,
+            options=options,
+            precision=case.precision,
+            parameters=parameters,
+            states=self._tensors[1:],
+            data=torch.from_numpy(values).to(device),
+            bits=case.data_dtype == "bits",
+            dynamic=case.kind == "dynamic",
+            scale=1 / prepared.scale,
+            batch_size=min(case.batch_size, case.count),
+            most_steps=3,
+        )
+
+    def run(self, *steps: NDArray[np.int64]) -> NDArray[np.float32]:
+        terms = self._step.run(*(torch.from_numpy(array) for array in steps), self._updates)
+        self._updates += len(terms)
+        found: NDArray[np.float32] = terms.numpy()
+        return found
+
+    def parameters(self, which: int = 0) -> list[NDArray[np.float32]]:
+        return [tensor.cpu().numpy() for tensor in self._tensors[which]]
+
+
+def assert_steps_of_the_reference(engine: EmulatedEngine | DeviceEngine, case: Case) -> None:
     wanted = Reference(case)
-    made.append(engine := engine_of(library, case))
     terms = engine.run(*schedule_of(wanted.source, 0, case.steps))
     assert_close("terms", terms, wanted.engine.run(case.steps).numpy(), 3 * precision_of(case))
     before = [p.detach().double().numpy() for p in model_of(case).parameters()]
@@ -301,6 +344,23 @@ def test_steps_leave_what_the_reference_leaves(
     for which, states in enumerate(wanted.states(), 1):
         for ours, state in zip(engine.parameters(which), states, strict=True):
             assert_close(f"state {which}", ours, state, 10 * precision_of(case))
+
+
+@pytest.mark.parametrize("name", [*CASES, *FAST])
+def test_steps_leave_what_the_reference_leaves(
+    library: ctypes.CDLL, made: list[EmulatedEngine], name: str
+) -> None:
+    case = {**CASES, **FAST}[name]
+    made.append(engine := engine_of(library, case))
+    assert_steps_of_the_reference(engine, case)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", [*CASES, *FAST])
+def test_steps_on_a_gpu_leave_what_the_reference_leaves(name: str) -> None:
+    case = {**CASES, **FAST}[name]
+    assert_steps_of_the_reference(DeviceEngine(case), case)
 
 
 @pytest.mark.parametrize("name", ["three samples", "large tiles, Gaussian"])
