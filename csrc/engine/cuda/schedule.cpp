@@ -292,11 +292,14 @@ int Schedule::run(const int64_t* rows, int64_t width, const int64_t* sizes, cons
     if (!error) error = copy(sizes_, sizes + begin, count * kWord, cudaMemcpyHostToDevice);
     if (!error) error = copy(seeds_, seeds + 2 * begin, 2 * count * kWord, cudaMemcpyHostToDevice);
     if (error) return error;
+    // The very first steps are launched as they are: the driver loads kernels when they are first used, which a capture
+    // may not do.
     for (int64_t done = 0; done < count;) {
       const int64_t steps = std::min(group_, count - done);
-      cudaGraphExec_t graph;
-      if (int failed = graph_of(steps, graph)) return failed;
+      cudaGraphExec_t graph = nullptr;
+      if (int failed = warm_ ? graph_of(steps, graph) : 0) return failed;
       if (int failed = graph ? cudaGraphLaunch(graph, stream) : launch_steps(steps, stream)) return failed;
+      warm_ = true;
       done += steps;
     }
     error = copy(terms + 3 * begin, terms_, 3 * count * static_cast<int64_t>(sizeof(float)), cudaMemcpyDeviceToHost);

@@ -88,6 +88,7 @@ class Schedule {
   float* terms_ = nullptr;
   std::vector<Buffer> buffers_;
 
+  bool warm_ = false;  // whether any step has been launched
   cudaStream_t capture_stream_ = nullptr;
   std::map<int64_t, cudaGraphExec_t> graphs_;  // by number of steps
 };

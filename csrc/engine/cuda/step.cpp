@@ -29,6 +29,7 @@
 // object. The GIL is released. step.steps_per_graph and step.launches_per_step say how a step is launched.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/csrc/utils/pybind.h>
@@ -56,7 +57,7 @@ Choice choose(const char* name, const std::string& got, std::initializer_list<co
     if (got == choice) return static_cast<Choice>(position);
     names += (position++ ? ", \"" : "\"") + std::string(choice) + "\"";
   }
-  TORCH_CHECK_VALUE(false, name, ": got \"", got, "\", wanted one of ", names);
+  C10_THROW_ERROR(ValueError, c10::str(name, ": got \"", got, "\", wanted one of ", names));
 }
 
 void check_cuda(int error) {
@@ -141,7 +142,7 @@ class CudaStep {
                          data_.size(0), network.data_dim, data_.const_data_ptr()};
     schedule_ = std::make_unique<Schedule>(network, objective, optimizer, described, precision, trained, batch_size,
                                            most_steps, multiprocessors, [this](size_t bytes) {
-                                             workspace_ = at::empty({static_cast<int64_t>(bytes)},
+                                             workspace_ = at::zeros({static_cast<int64_t>(bytes)},
                                                                     data_.options().dtype(at::kByte));
                                              return workspace_.mutable_data_ptr();
                                            });
