@@ -39,4 +39,32 @@ class CpuStep:
         seeds: Tensor,
     ) -> Run: ...
 
+class CudaStep:
+    def __init__(
+        self,
+        *,
+        data_dim: int,
+        latent_dim: int,
+        encoder_hidden: Sequence[int],
+        decoder_hidden: Sequence[int],
+        activation: str,
+        likelihood: str,
+        estimator: str,
+        num_samples: int,
+        beta: float,
+        weight_prior: float,
+        optimizer: str,
+        options: dict[str, float],
+        precision: str,
+        parameters: Sequence[Tensor],
+        states: Sequence[Sequence[Tensor]],
+        data: Tensor,
+        bits: bool,
+        dynamic: bool,
+        scale: float,
+        batch_size: int,
+        most_steps: int,
+    ) -> None: ...
+    def run(self, rows: Tensor, sizes: Tensor, seeds: Tensor, updates: int) -> Tensor: ...
+
 def run(runs: Sequence[Run]) -> list[Tensor]: ...

@@ -379,6 +379,10 @@ def make_engine(
     why = "asked for"
     if name != "modules":
         why_not = native.why_not(program)
+        if why_not is None and name == "auto" and device.type == "cuda":
+            why_not = (
+                "its step on CUDA has been emulated, and not yet run on a GPU; engine='native' asks for it"
+            )
         if why_not is None:
             engine = native.NativeEngine(program, precision)
             return (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
+from .datasets import Prepared
 from .distributions import posterior_of
 from .engines import AutogradEngine, StepProgram
 from .estimators import BINARISE, NOISE, step_seed
@@ -39,8 +40,10 @@ def why_not(program: StepProgram) -> str | None:
     model, optimizer, plan = program.model, program.optimizer, program.plan
     if type(program) is not StepProgram:
         return "its step is another algorithm's"
-    if program.device.type != "cpu":
-        return f"the model is on {program.device}, and there is a native step for the CPU alone"
+    if program.device.type == "cuda" and not hasattr(_C, "CudaStep"):
+        return f"the model is on {program.device}, and this build has no CUDA"
+    if program.device.type not in ("cpu", "cuda"):
+        return f"the model is on {program.device}"
     if type(getattr(model, "encoder", None)) is not MLPEncoder or type(model.decoder) is not MLPDecoder:
         return "the encoder or the decoder is a module of your own"
     if posterior_of(model).name != "gaussian":
@@ -109,58 +112,116 @@ class NativeEngine(AutogradEngine):
         weights = sum(p.numel() for p in self._parameters if p.dim() == 2)
         flops = 6 * plan.num_samples * weights * source.most_rows  # of a step, or fewer
         self.chunk_steps = int(min(max(RUN_FLOPS / flops, 1), MOST_STEPS))
-        self._step = _C.CpuStep(
-            data_dim=model.encoder.hidden[0].in_features if encoder else model.encoder.mu.in_features,
-            encoder_hidden=encoder,
-            latent_dim=model.encoder.mu.out_features,
-            decoder_hidden=decoder,
-            activation="relu" if activations and isinstance(activations[0], nn.ReLU) else "tanh",
-            likelihood=likelihood,
-            estimator=plan.estimator,
-            num_samples=plan.num_samples,
-            beta=plan.beta,
-            weight_prior=1 / source.count if plan.weight_prior and source.count else 0.0,
-            precision=precision,
-        )
+        self._network = {
+            "data_dim": model.encoder.hidden[0].in_features if encoder else model.encoder.mu.in_features,
+            "encoder_hidden": encoder,
+            "latent_dim": model.encoder.mu.out_features,
+            "decoder_hidden": decoder,
+            "activation": "relu" if activations and isinstance(activations[0], nn.ReLU) else "tanh",
+            "likelihood": likelihood,
+            "estimator": plan.estimator,
+            "num_samples": plan.num_samples,
+            "beta": plan.beta,
+            "weight_prior": 1 / source.count if plan.weight_prior and source.count else 0.0,
+            "precision": precision,
+        }
+        self._on_cuda = program.device.type == "cuda"
+        self._step = None if self._on_cuda else _C.CpuStep(**self._network)
+        self._cuda_step: Any = None
+        self._made_for: Any = None  # what the step on CUDA was made for, and holds on to
+        self._values = torch.empty(0)
+        self._room = (0, 0)  # datapoints of a minibatch, steps
 
     @property
     def note(self) -> str:
         """How it computes, for people."""
+        if self._on_cuda:
+            products = (
+                "three TF32 products for one of float32" if self.precision == "exact" else "one product"
+            )
+            return f"many steps to a graph, {products}"
         if self.precision == "exact":
             return f"float32 on {_C.cpu_capability()}"
         return "bfloat16 products, emulated in float32: no faster than 'exact' on this processor"
 
     def run(self, n_steps: int) -> Tensor:
-        return run_together([self], [n_steps])[0]
+        if not self._on_cuda:
+            return run_together([self], [n_steps])[0]
+        with torch.cuda.device(self._program.device):
+            terms: Tensor = self._run_on_cuda(n_steps)
+        self.count(n_steps)
+        return terms
 
     def prepare(self, n_steps: int) -> _C.Run:
-        """The next steps, checked and ready to be run."""
-        program, source = self._program, self._program.source
-        sizes = source.sizes(self.next_step, n_steps)
-        if len(sizes) < n_steps:
-            raise ValueError(f"n_steps: got {n_steps}, but the stream has only {len(sizes)} minibatches left")
-        rows = torch.from_numpy(source.rows(self.next_step, n_steps))
-        steps = range(self.next_step, self.next_step + n_steps)
-        seeds = [
-            [step_seed(program.plan.seed, step, stream) for stream in (NOISE, BINARISE)] for step in steps
-        ]
-        data = source.data
-        values = data.values if data.values.dtype == torch.uint8 else data.values.to(torch.float32)
+        """The next steps, checked and ready to be run on the CPU."""
+        assert self._step is not None
+        rows, sizes, seeds = self._minibatches(n_steps)
         states, counters = self._states()
+        data = self._program.source.data
         return self._step.prepare(
             parameters=[p.detach() for p in self._parameters],
             states=states,
             optimizer=self._kind,
             numbers=self._numbers(),
             updates_before=int(counters[0]) if counters else 0,
-            values=values.contiguous(),
+            values=_values(data),
             packed=False,
             dynamic=data.kind == "dynamic",
             scale=1 / data.scale,
-            rows=rows.contiguous(),
-            sizes=torch.from_numpy(sizes).contiguous(),
-            seeds=torch.tensor(seeds, dtype=torch.int64),
+            rows=rows,
+            sizes=sizes,
+            seeds=seeds,
         )
+
+    def _run_on_cuda(self, n_steps: int) -> Tensor:
+        rows, sizes, seeds = self._minibatches(n_steps)
+        states, counters = self._states()
+        parameters, numbers = [p.detach() for p in self._parameters], self._numbers()
+        data = self._program.source.data
+        if self._values.data_ptr() != data.values.data_ptr():  # a stream writes its data in place
+            self._values = _values(data)
+        tensors = [self._values, *parameters, *(state for of_one in states for state in of_one)]
+        needs = (numbers, [t.data_ptr() for t in tensors])
+        width, most_steps = rows.shape[1], max(n_steps, self.chunk_steps)
+        outgrown = width > self._room[0] or n_steps > self._room[1]
+        if outgrown or needs != self._made_for:
+            self._room = (max(width, self._room[0]), max(most_steps, self._room[1]))
+            self._cuda_step = _C.CudaStep(
+                **self._network,
+                optimizer=self._kind,
+                options=numbers,
+                parameters=parameters,
+                states=[list(of_all) for of_all in zip(*states, strict=True)],
+                data=self._values,
+                bits=False,
+                dynamic=data.kind == "dynamic",
+                scale=1 / data.scale,
+                batch_size=self._room[0],
+                most_steps=self._room[1],
+            )
+        self._made_for = needs
+        terms: Tensor = self._cuda_step.run(rows, sizes, seeds, int(counters[0]) if counters else 0)
+        return terms
+
+    def _minibatches(self, n_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, sizes, seeds) of the next steps, int64 on the CPU."""
+        plan, source = self._program.plan, self._program.source
+        sizes = source.sizes(self.next_step, n_steps)
+        if len(sizes) < n_steps:
+            raise ValueError(f"n_steps: got {n_steps}, but the stream has only {len(sizes)} minibatches left")
+        rows = source.rows(self.next_step, n_steps)
+        steps = range(self.next_step, self.next_step + n_steps)
+        seeds = [[step_seed(plan.seed, step, stream) for stream in (NOISE, BINARISE)] for step in steps]
+        return (
+            torch.from_numpy(rows).contiguous(),
+            torch.from_numpy(sizes).contiguous(),
+            torch.tensor(seeds, dtype=torch.int64),
+        )
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether :func:`run_together` takes it."""
+        return not self._on_cuda
 
     def count(self, n_steps: int) -> None:
         """Notes that steps have been taken."""
@@ -191,10 +252,16 @@ class NativeEngine(AutogradEngine):
                 if state.get(key) is None:
                     state[key] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             if self._kind in ("adam", "adamw") and "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             states.append([state[key] for key in self._keys])
         counters = [optimizer.state[p]["step"] for p in self._parameters] if self._kind != "sgd" else []
         return states, counters
+
+
+def _values(data: Prepared) -> Tensor:
+    """The data as the steps read them: bytes or float32."""
+    values = data.values
+    return (values if values.dtype == torch.uint8 else values.to(torch.float32)).contiguous()
 
 
 def run_together(engines: Sequence[NativeEngine], n_steps: Sequence[int]) -> list[Tensor]:

@@ -54,7 +54,7 @@ def sweep(
     with _Interrupt() as interrupt, _bar(max_samples * len(runs), progress) as bar:
         while active := [run for run in runs if not run.done]:
             before = sum(run.trainer.samples_seen for run in runs)
-            together = [run for run in active if isinstance(run.engine, native.NativeEngine)]
+            together = [run for run in active if run.native is not None]
             _side_by_side(together)
             for run in active:
                 if run not in together:
@@ -78,6 +78,9 @@ class _Run:
     ) -> None:
         self.trainer = trainer
         self.source, self.engine, self.test = trainer._begin(train, test, max_samples, report_every, False)
+        self.native: native.NativeEngine | None = None
+        if isinstance(self.engine, native.NativeEngine) and self.engine.side_by_side:
+            self.native = self.engine
         self.end = trainer.samples_seen + max_samples
         self.every = report_every or max(10_000, self.source.count or 0)
         self.next_report = self._after(trainer.samples_seen)
@@ -109,7 +112,7 @@ def _side_by_side(runs: Sequence[_Run]) -> None:
     began = time.perf_counter()
     sizes = [run.sizes() for run in runs]
     before = [run.engine.snapshot() for run in runs]
-    engines = [run.engine for run in runs if isinstance(run.engine, native.NativeEngine)]
+    engines = [run.native for run in runs if run.native is not None]
     terms = native.run_together(engines, [len(s) for s in sizes])
     for run, saved, term, size in zip(runs, before, terms, sizes, strict=True):
         run.trainer._accept(run.engine, saved, term, size)

@@ -19,7 +19,8 @@
 #define VAE_FAST_CAPABILITY avx2
 #define VAE_FAST_VECTOR_BYTES 32
 #include "kernels.inl"
-// Matrix products fill all registers as they are: scheduling would spill some (the listed terms took 1.4 times as long).
+// Matrix products fill all registers as they are: scheduling would spill some (the listed terms took 1.4 times as
+// long).
 #pragma GCC optimize("no-schedule-insns")
 #include "training.inl"
 #endif

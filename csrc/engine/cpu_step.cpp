@@ -186,8 +186,8 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
   }
 
   const UpdateRule rule = rule_of(optimizer);
-  const StepFactors factors = step_factors(rule.kind, optimizer.lr, optimizer.beta1, optimizer.beta2,
-                                           optimizer.accumulate_steps, update);
+  const StepFactors factors =
+      step_factors(rule.kind, optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.accumulate_steps, update);
   updates_.clear();
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = layers_[i];
@@ -200,7 +200,7 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
                         layer.grad_out,
                         i == 0 ? of_columns_.data() : nullptr,
                         rule,
-                       factors,
+                        factors,
                         objective_.weight_prior,
                         layer.weight.data(),
                         layer.bias.data(),

@@ -6,8 +6,8 @@
 //   d/dl      = x - y     = (x - [l > 0]) + sign(l) t / (1 + t)
 //   d2/dl2    = -y (1 - y) = -t / (1 + t)^2
 //   d/dx      = l
-// [l > 0] and sign(l) are both taken from the sign bit, which costs less than a comparison: at l = 0, where t = 1, either
-// sign gives the same log p and d/dl.
+// [l > 0] and sign(l) are both taken from the sign bit, which costs less than a comparison: at l = 0, where t = 1,
+// either sign gives the same log p and d/dl.
 //
 // M is the arithmetic: Math<V>, or HalfPrecisionMath for what came in half precision.
 #pragma once

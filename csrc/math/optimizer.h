@@ -21,8 +21,8 @@ struct UpdateRule {
   int states;  // of s0, s1, how many there are
   float eps, beta1, beta2, momentum;
   float beta1_rest, beta2_rest;  // 1 - beta, which a float beta has lost digits of
-  float added_decay;  // added_decay w is added to g
-  float kept;         // w is multiplied by it first: 1, or adamw's 1 - lr weight_decay
+  float added_decay;             // added_decay w is added to g
+  float kept;                    // w is multiplied by it first: 1, or adamw's 1 - lr weight_decay
 };
 
 struct StepFactors {

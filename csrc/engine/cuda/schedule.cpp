@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "../update_rule.h"
+
 namespace vae_fast {
 namespace engine {
 namespace {
@@ -12,24 +14,6 @@ constexpr int64_t kMinibatchFloats = int64_t{4} << 20;  // of x in a graph's ste
 constexpr size_t kMostGraphs = 4;                       // beyond them steps are launched as they are
 
 int64_t to_fours(int64_t n) { return (n + 3) / 4 * 4; }
-
-UpdateRule rule_of(const Optimizer& o) {
-  const bool adam = o.kind == OptimizerKind::adam || o.kind == OptimizerKind::adamw;
-  UpdateRule rule = {};
-  rule.kind = adam                               ? UpdateKind::adam
-              : o.kind == OptimizerKind::adagrad ? UpdateKind::adagrad
-              : o.momentum != 0                  ? UpdateKind::momentum
-                                                 : UpdateKind::sgd;
-  rule.states = o.states();
-  rule.eps = static_cast<float>(o.eps);
-  rule.beta1 = static_cast<float>(o.beta1);
-  rule.beta2 = static_cast<float>(o.beta2);
-  rule.momentum = static_cast<float>(o.momentum);
-  const bool adds = o.kind == OptimizerKind::sgd || o.kind == OptimizerKind::adam;
-  rule.added_decay = adds ? static_cast<float>(o.weight_decay) : 0.0f;
-  rule.kept = o.kind == OptimizerKind::adamw ? static_cast<float>(1.0 - o.lr * o.weight_decay) : 1.0f;
-  return rule;
-}
 
 }  // namespace
 
