@@ -336,12 +336,12 @@ def script(tmp_path: Path) -> Iterator[Path]:
     path.write_text(
         textwrap.dedent(
             """
-            import sys, torch, vae_fast as vf
+            import os, sys, torch, vae_fast as vf
             x = (torch.rand(3000, 50, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
             path, samples = sys.argv[1], int(sys.argv[2])
-            try:
+            if os.path.exists(path):
                 trainer = vf.Trainer.load(path, engine="native")
-            except FileNotFoundError:
+            else:
                 model = vf.VAE(50, [40], 4, seed=0)
                 trainer = vf.Trainer(model, engine="native", batch_size=50, optimizer="adam", lr=1e-3)
             left = samples - trainer.samples_seen
@@ -354,7 +354,7 @@ def script(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_never_killed(script: Path, tmp_path: Path) -> None:
-    command, samples = [sys.executable, str(script)], "600000"
+    command, samples = [sys.executable, str(script)], "200000"
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     subprocess.run([*command, str(whole), samples], check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen([*command, str(killed), samples], stdout=subprocess.PIPE)
@@ -364,7 +364,7 @@ def test_killed_and_resumed_is_never_killed(script: Path, tmp_path: Path) -> Non
     process.wait()
     subprocess.run([*command, str(killed), samples], check=True, stdout=subprocess.DEVNULL)
     ours, theirs = (vf.Trainer.load(path) for path in (killed, whole))
-    assert ours.samples_seen == theirs.samples_seen == 600_000
+    assert ours.samples_seen == theirs.samples_seen == 200_000
     for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [row.train_bound for row in ours.history] == [row.train_bound for row in theirs.history]
