@@ -150,14 +150,10 @@ def _near_the_paper(panel: Panel, points: dict[tuple[str, str], list[Point]]) ->
 
 def _above_wake_sleep(panel: Panel, points: dict[tuple[str, str], list[Point]]) -> Verdict:
     theirs = {p.samples: p.test for p in points.get((panel.key, "wake-sleep"), [])}
-    ours = points.get((panel.key, "aevb"), [])
-    differences = {
-        p.samples: p.test - theirs[p.samples]
-        for p in ours
-        if p.samples >= COMPARED_FROM and p.samples in theirs
-    }
+    shared = [p for p in points.get((panel.key, "aevb"), []) if p.samples in theirs]
+    differences = {p.samples: p.test - theirs[p.samples] for p in shared if p.samples >= COMPARED_FROM}
     return _worst(
-        f"{panel.title}: AEVB test above wake-sleep from 10⁶ on", differences, 0, "wake-sleep", ours
+        f"{panel.title}: AEVB test above wake-sleep from 10⁶ on", differences, 0, "wake-sleep", shared
     )
 
 
