@@ -156,9 +156,8 @@ def test_aevb_is_to_be_above_wake_sleep(by: float, holds: bool) -> None:
         ("mnist-20", "wake-sleep"): shifted("figure2", "mnist-20", "wake-sleep", by),
     }
     assert states(figure2.verdicts(points), "above wake-sleep") == [holds]
-    points["mnist-20", "wake-sleep"] = points["mnist-20", "wake-sleep"][
-        :2
-    ]  # no more is known, unless it fails
+    points["mnist-20", "wake-sleep"] = points["mnist-20", "wake-sleep"][:2]
+    # A failure is one at once; that it holds is known at the end of both.
     assert states(figure2.verdicts(points), "above wake-sleep") == [None if holds else False]
 
 
