@@ -21,6 +21,7 @@ constexpr int kTileRows = 6;
 constexpr int kTileRows = 4;
 #endif
 constexpr int kPanel = 2 * kLanes;
+constexpr int64_t kTermsAtOnce = 256;  // of a sum, before they are added to the rest: its error grows with so many
 
 VAE_FAST_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
@@ -72,23 +73,29 @@ struct ListedTerms {
 // strides by ld_a, or the other way round.
 template <bool kAcross, class Terms>
 VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t count, Terms terms) {
-  VF sum[kTileRows][2];
+  for (int64_t begin = 0; begin < count; begin += kTermsAtOnce) {
+    VF sum[kTileRows][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i) sum[i][0] = tile.sum[i][0], sum[i][1] = tile.sum[i][1];
+    for (int i = 0; i < kTileRows; ++i) sum[i][0] = sum[i][1] = VF{};
+    const int64_t end = min(begin + kTermsAtOnce, count);
 #pragma GCC unroll 2
-  for (int64_t term = 0; term < count; ++term) {
-    const int64_t k = terms(term);
-    const VF b0 = to_floats(b + k * kPanel), b1 = to_floats(b + k * kPanel + kLanes);
-    const float* column = a + (kAcross ? k * ld_a : k);
+    for (int64_t term = begin; term < end; ++term) {
+      const int64_t k = terms(term);
+      const VF b0 = to_floats(b + k * kPanel), b1 = to_floats(b + k * kPanel + kLanes);
+      const float* column = a + (kAcross ? k * ld_a : k);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileRows; ++i) {
+        const VF left = in_every_lane(kAcross ? column[i] : column[i * ld_a]);
+        sum[i][0] = Math<VF>::fma(left, b0, sum[i][0]);
+        sum[i][1] = Math<VF>::fma(left, b1, sum[i][1]);
+      }
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
-      const VF left = in_every_lane(kAcross ? column[i] : column[i * ld_a]);
-      sum[i][0] = Math<VF>::fma(left, b0, sum[i][0]);
-      sum[i][1] = Math<VF>::fma(left, b1, sum[i][1]);
+      tile.sum[i][0] = tile.sum[i][0] + sum[i][0];
+      tile.sum[i][1] = tile.sum[i][1] + sum[i][1];
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i) tile.sum[i][0] = sum[i][0], tile.sum[i][1] = sum[i][1];
 }
 
 VAE_FAST_INLINE const int32_t* first_at_least(const int32_t* begin, const int32_t* end, int64_t value) {
