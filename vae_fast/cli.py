@@ -208,7 +208,7 @@ _SEED = click.option("--seed", type=int, default=0, help="Of all random numbers.
 @_SEED
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "modules", "reference"]),
+    type=click.Choice(["auto", "native", "modules", "reference"]),
     default="auto",
     help="The curve does not depend on it.",
 )
