@@ -65,7 +65,7 @@ Optimizer optimizer_of(const std::string& kind, const py::dict& numbers) {
 // Some steps of one model, checked and ready to be run; holds what they read and write.
 struct Run {
   CpuStep* step;
-  std::vector<at::Tensor> held;
+  std::vector<at::Tensor> held, trained;
   std::vector<Parameter> parameters;
   Optimizer optimizer;
   Data data;
@@ -73,6 +73,8 @@ struct Run {
   at::Tensor terms;
   void operator()() const {
     step->run(parameters, optimizer, data, steps, reinterpret_cast<Terms*>(terms.data_ptr<float>()));
+    // Autograd may have kept a parameter for a backward pass, which must not take these for the same values.
+    for (const at::Tensor& tensor : trained) tensor.unsafeGetTensorImpl()->bump_version();
   }
 };
 static_assert(sizeof(Terms) == 3 * sizeof(float));
@@ -130,9 +132,9 @@ Run prepare(CpuStep& step, const std::vector<at::Tensor>& parameters,
     }
   }
   std::vector<at::Tensor> held{values, rows, sizes, seeds};
-  held.insert(held.end(), parameters.begin(), parameters.end());
   for (const auto& state : states) held.insert(held.end(), state.begin(), state.end());
-  return {&step, std::move(held), std::move(all), how, data, steps, at::empty({steps.count, 3}, at::kFloat)};
+  return {
+      &step, std::move(held), parameters, std::move(all), how, data, steps, at::empty({steps.count, 3}, at::kFloat)};
 }
 
 // Several models at once have one thread each, one model has all of them.

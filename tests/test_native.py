@@ -23,7 +23,7 @@ from vae_fast import _C, datasets
 from vae_fast.batches import ArraySource, StreamSource
 from vae_fast.engines import AutogradEngine, Plan, make_engine
 from vae_fast.native import NativeEngine
-from vae_fast.optim import make_optimizer
+from vae_fast.optim import Adagrad, make_optimizer
 
 CPU = torch.device("cpu")
 
@@ -232,6 +232,15 @@ def test_a_stream_gives_the_steps_of_its_array() -> None:
     torch.testing.assert_close(*terms, rtol=1e-6, atol=1e-4)
 
 
+def test_autograd_notices_that_the_parameters_have_changed() -> None:
+    _, _, engine = train("native", steps=1)
+    (weight, *_) = engine._program.model.parameters()
+    loss = (weight**2).sum()
+    engine.run(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 # --- what it does not take --------------------------------------------------------------------------------
 
 
@@ -263,6 +272,8 @@ def test_auto_says_why_it_is_not_native() -> None:
     assert "is not a contiguous float32 tensor" in reason(double)
     assert "optimizer is RMSprop" in reason(paper(), lambda ps: torch.optim.RMSprop(ps, 0.01))
     assert "nesterov" in reason(paper(), lambda ps: torch.optim.SGD(ps, 0.01, momentum=0.9, nesterov=True))
+    assert "eps=0" in reason(paper(), lambda ps: torch.optim.Adam(ps, 0.01, eps=0))
+    assert "eps=1e-40" in reason(paper(), lambda ps: Adagrad(ps, 0.01, eps=1e-40))
     assert "amsgrad" in reason(paper(), lambda ps: torch.optim.Adam(ps, 0.01, amsgrad=True))
 
 

@@ -203,7 +203,7 @@ class StreamSource:
     """
 
     steps_at_once = 20  # so many minibatches are on the device at a time
-    most_rows = 1000
+    most_rows = 1000  # a guess; steps_at_once is what limits a run
 
     def __init__(
         self,

@@ -74,7 +74,7 @@ def _why_not_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Par
             return f"{kind} has {option}={group[option]}"
     if type(optimizer) is torch.optim.Adam and group.get("decoupled_weight_decay"):
         return f"{kind} has decoupled_weight_decay=True"
-    if "betas" in group and not group["eps"] > 0:
+    if group.get("eps", 1) < torch.finfo(torch.float32).tiny:  # then 0 / 0 in what fills a panel up
         return f"{kind} has eps={group['eps']}"
     return None
 

@@ -51,7 +51,7 @@ struct Gather {
   bool dynamic;
   float scale;
   int64_t batch, cols;
-  uint64_t seed;
+  int64_t seed;
   const void* values;
   const int64_t* rows;  // [batch]
   Matrix x, operand;    // [batch, cols]
@@ -117,8 +117,7 @@ struct InputGradient {
 // grad W = in^T grad_out, grad bias = sum_r grad_out, and the update of both. The gradients are never stored, but for
 // their sums over the rows so far where there are more than tile().depth rows.
 struct WeightGradient {
-  bool fast;
-  int64_t rows, inputs, outputs, panels;
+  int64_t rows, inputs, panels;
   Matrix in, grad_out;
   const TermList* nonzero;  // of every tile of columns of `in`, or null
   UpdateRule rule;

@@ -4,6 +4,7 @@
 // One owner per sum, in an order that depends on the shapes alone: not on the number of threads.
 #include "../math/activation.h"
 #include "../math/optimizer.h"
+#include "../math/splitmix.h"
 #include "matmul.inl"
 #include "training.h"
 
@@ -28,14 +29,6 @@ VAE_FAST_INLINE float* at(Matrix m, int64_t row, int64_t column) { return m.data
 
 // --- the minibatch ---------------------------------------------------------------------------------------------------
 
-// high32(splitmix64(seed + (i + 1) golden)): the words of vae_fast/batches.py
-VAE_FAST_INLINE uint32_t uniform_word(uint64_t seed, uint64_t i) {
-  uint64_t s = seed + (i + 1) * 0x9E3779B97F4A7C15ull;
-  s = (s ^ (s >> 30)) * 0xBF58476D1CE4E5B9ull;
-  s = (s ^ (s >> 27)) * 0x94D049BB133111EBull;
-  return static_cast<uint32_t>((s ^ (s >> 31)) >> 32);
-}
-
 template <class X>
 void gather(const Gather& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
@@ -46,7 +39,7 @@ void gather(const Gather& a, int64_t begin, int64_t end) {
     });
     if (a.dynamic)
       for (int64_t c = 0; c < a.cols; ++c)
-        x[c] = uniform_word(a.seed, static_cast<uint64_t>(b * a.cols + c)) < static_cast<double>(x[c]) * 0x1p32 ? 1 : 0;
+        x[c] = uniform_word(a.seed, b * a.cols + c) < static_cast<double>(x[c]) * 0x1p32 ? 1 : 0;
     if (a.operand.data != a.x.data)
       for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t n) {
         Memory<VF>::store(at(a.operand, b, c), to_bfloat16(Memory<VF>::load(x + c, n)), n);
@@ -136,8 +129,7 @@ void run_part(const Forward& a, int64_t begin, int64_t end) {
     const int64_t first = item / a.panels * kRowBlock, last = min(a.rows, first + kRowBlock);
     const int64_t p = item % a.panels;
     const float* panel = a.weight + p * panel_rows * kPanel;
-    const int64_t ahead =
-        p + 1 < a.panels ? round_up(a.inputs * kTileRows / (last - first), 1) : 0;  // rows of the next
+    const int64_t ahead = p + 1 < a.panels ? a.inputs * kTileRows / (last - first) : 0;  // rows of the next, per tile
     double log_likelihood = 0;
     in_parts(a.inputs, kForwardDepth, 1, [&](int64_t k, int64_t depth) {
       for (int64_t row = first; row < last; row += kTileRows) {
@@ -167,9 +159,8 @@ void run_part(const GaussianLoss& a, int64_t begin, int64_t end) {
     a.log_likelihood[r] = row_sum<VF>(a.cols, [&](int64_t c, int64_t n) {
       VF m = M::load(mean + c, n), lv = M::load(logvar + c, n), derivative = constant<VF>(1.0);
       if (a.sigmoid_mean) {
-        const VF t = Math<VF>::exp_nonpositive(Math<VF>::minus_abs(m)), lower = t / (constant<VF>(1.0) + t);
-        m = m > VF{} ? constant<VF>(1.0) - lower : lower;
-        derivative = m * (constant<VF>(1.0) - m);
+        derivative = -bernoulli_curvature(m);
+        m = -bernoulli_grad_logit(m, VF{});  // sigmoid(m)
       }
       const GaussianResidual<VF> residual(m, lv, M::load(x + c, n));
       const VF scale = in_every_lane(-a.scale);

@@ -156,8 +156,8 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
     cpu::launch(a);
   };
 
-  cpu::launch(cpu::Gather{data.dtype, data.dynamic, data.scale, batch, data.cols, static_cast<uint64_t>(seeds[1]),
-                          data.values, rows, x, layers_[0].in});
+  cpu::launch(cpu::Gather{data.dtype, data.dynamic, data.scale, batch, data.cols, seeds[1], data.values, rows, x,
+                          layers_[0].in});
   cpu::launch(cpu::FindZeros{batch, network_.data_dim, layers_[0].in, columns_.data(), row_numbers_.data(),
                              of_rows_.data(), of_columns_.data()});
   for (size_t i = 0; i <= heads_; ++i) forward(layers_[i], batch);
@@ -191,10 +191,8 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
   updates_.clear();
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = layers_[i];
-    updates_.push_back({fast_,
-                        i > heads_ ? decoded : batch,
+    updates_.push_back({i > heads_ ? decoded : batch,
                         layer.inputs,
-                        layer.groups[0],
                         layer.panels,
                         layer.in,
                         layer.grad_out,

@@ -4,6 +4,7 @@
 // Nothing but the sums of a tile meets in a block, and every element of every buffer has one thread that writes it.
 #include <algorithm>
 
+#include "../../math/activation.h"
 #include "../../math/bernoulli.h"
 #include "../../math/gaussian.h"
 #include "../../math/philox.h"
@@ -95,7 +96,7 @@ struct ActivateHidden {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float a = s.value[i] + (col + i < cols ? bias[col + i] : 0.0f);
-      s.value[i] = activation == Activation::tanh ? ::tanhf(a) : a < 0.0f ? 0.0f : a;  // a NaN stays
+      s.value[i] = activation == Activation::tanh ? tanh_by_exponent(a) : relu(a);
     }
     write_four(out + row * stride + col, s.value);
     return 0.0f;
@@ -223,7 +224,7 @@ struct DeriveHidden {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (activation == Activation::tanh) {
-        s.value[i] *= 1.0f - a[i] * a[i];
+        s.value[i] *= tanh_derivative(a[i]);
       } else {
         s.value[i] = a[i] > 0.0f ? s.value[i] : 0.0f;
       }

@@ -5,6 +5,7 @@
 // place, each by one thread. The next step's launches wait for it, as all launches on a stream do.
 #include <algorithm>
 
+#include "../../math/splitmix.h"
 #include "kernels.h"
 #include "product.cuh"
 
@@ -16,14 +17,6 @@ using UpdateShape = Wide;
 constexpr int kThreads = UpdateShape::kThreads;
 
 // --- the minibatches -------------------------------------------------------------------------------------------------
-
-// high32(word(seed, i)), the uniform words of vae_fast/batches.py
-__device__ __forceinline__ uint32_t uniform_word(int64_t seed, int64_t i) {
-  uint64_t x = static_cast<uint64_t>(seed) + static_cast<uint64_t>(i + 1) * 0x9E3779B97F4A7C15ull;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-  return static_cast<uint32_t>((x ^ (x >> 31)) >> 32);
-}
 
 __device__ __forceinline__ float datum(const Data& data, int64_t row, int64_t col) {
   if (data.dtype == DType::f32) return static_cast<const float*>(data.values)[row * data.cols + col];
