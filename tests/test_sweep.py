@@ -56,11 +56,11 @@ def test_it_goes_on_where_it_stopped() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     (one, *_) = trainers()
-    with pytest.raises(ValueError, match="trainers: got 0"):
+    with pytest.raises(ValueError, match="trainers: got none"):
         vf.sweep([], data(), max_samples=10)
-    with pytest.raises(ValueError, match="equal trainers"):
+    with pytest.raises(ValueError, match="got the same trainer twice"):
         vf.sweep([one, one], data(), max_samples=10)
-    with pytest.raises(ValueError, match="equal models"):
+    with pytest.raises(ValueError, match="got the same model twice"):
         vf.sweep([one, vf.Trainer(one.model)], data(), max_samples=10)
     with pytest.raises(TypeError, match="train: got a stream"):
         vf.sweep([one], iter([data()]), max_samples=10)

@@ -43,11 +43,11 @@ def sweep(
         DataError, TrainingError: as in ``fit``.
         KeyboardInterrupt: after Ctrl-C, once the steps under way are done; each trainer can go on.
     """
-    for what, objects in (("trainers", trainers), ("models", [trainer.model for trainer in trainers])):
-        if len({id(one) for one in objects}) < max(1, len(trainers)):
-            raise ValueError(
-                f"trainers: got {len(trainers)} with equal {what}, wanted one or more, each its own"
-            )
+    if not trainers:
+        raise ValueError("trainers: got none, wanted one or more")
+    for what, objects in (("trainer", trainers), ("model", [trainer.model for trainer in trainers])):
+        if len({id(one) for one in objects}) < len(trainers):
+            raise ValueError(f"trainers: got the same {what} twice, wanted each once")
     if datasets.is_stream(train):
         raise TypeError(f"train: got a stream, {type(train).__name__}, wanted an array, a tensor or a file")
     runs = [_Run(trainer, train, test, max_samples, report_every) for trainer in trainers]
