@@ -60,7 +60,7 @@ def make_step(model: Any, data: Tensor, **given: Any) -> tuple[Any, list[Tensor]
         "parameters": parameters,
         "states": [[torch.zeros_like(p) for p in parameters] for _ in range(STATES[optimizer])],
         "data": data,
-        "bits": False,
+        "packed": False,
         "dynamic": False,
         "scale": 1 / 255,
         "batch_size": 100,

@@ -310,7 +310,7 @@ class DeviceEngine:
             parameters=parameters,
             states=self._tensors[1:],
             data=torch.from_numpy(values).to(device),
-            bits=case.data_dtype == "bits",
+            packed=case.data_dtype == "bits",
             dynamic=case.kind == "dynamic",
             scale=1 / prepared.scale,
             batch_size=min(case.batch_size, case.count),

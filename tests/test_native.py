@@ -149,17 +149,17 @@ def test_packed_data_give_the_steps_of_unpacked() -> None:
         )
         run = step.prepare(
             parameters=parameters,
-            states=[[] for _ in parameters],
+            states=[],
             optimizer="sgd",
-            numbers={"lr": 0.01},
-            updates_before=0,
-            values=values,
+            options={"lr": 0.01},
+            data=values,
             packed=values is packed,
             dynamic=False,
             scale=1.0,
             rows=torch.arange(60).reshape(3, 20),
             sizes=torch.full((3,), 20),
             seeds=torch.arange(6).reshape(3, 2),
+            updates=0,
         )
         results.append([_C.run([run])[0], *parameters])
     for ours, theirs in zip(*results, strict=True):
@@ -241,6 +241,45 @@ def test_autograd_notices_that_the_parameters_have_changed() -> None:
         loss.backward()
 
 
+class StandIn:
+    """What ``_C.CudaStep`` promises Python (csrc/engine/cuda/step.cpp), by the step on the CPU."""
+
+    made = 0
+
+    def __init__(self, *, batch_size: int, most_steps: int, **given: Any) -> None:
+        StandIn.made += 1
+        network = ("data_dim", "encoder_hidden", "latent_dim", "decoder_hidden", "activation", "likelihood")
+        objective = ("estimator", "num_samples", "beta", "weight_prior", "precision")
+        self._step = _C.CpuStep(**{name: given.pop(name) for name in (*network, *objective)})
+        self._given, self._room = given, (most_steps, batch_size)
+
+    def run(self, rows: Tensor, sizes: Tensor, seeds: Tensor, updates: int) -> Tensor:
+        assert rows.shape[0] <= self._room[0] and rows.shape[1] <= self._room[1]
+        how = {"rows": rows, "sizes": sizes, "seeds": seeds, "updates": updates}
+        return _C.run([self._step.prepare(**self._given, **how)])[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam", "sgd"])
+def test_on_cuda_the_step_is_made_once_and_again_where_something_moved(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_C, "CudaStep", StandIn, raising=False)
+    wanted, state, _ = train("native", steps=9, optimizer=optimizer, lr=1e-3)
+    _, _, engine = train("native", steps=2, optimizer=optimizer, lr=1e-3)
+    assert isinstance(engine, NativeEngine)
+    engine._on_cuda, engine.chunk_steps, StandIn.made = True, 2, 0
+    terms = [engine.run(2), engine.run(2)]
+    assert StandIn.made == 1
+    terms.append(engine.run(3))  # more than there is room for
+    assert StandIn.made == 2
+    assert torch.equal(torch.cat(terms).double(), wanted[2:])
+    after = engine.snapshot().tensors
+    assert all(torch.equal(after[name].double(), value) for name, value in state.items())
+    engine._program.optimizer.param_groups[0]["lr"] = 2e-3
+    engine.run(1)
+    assert StandIn.made == 3
+
+
 # --- what it does not take --------------------------------------------------------------------------------
 
 
@@ -288,10 +327,18 @@ def test_auto_is_native_where_it_can_be() -> None:
     [
         ({"rows": torch.full((1, 4), 60)}, r"rows\[0, 0\]: got 60, wanted 0 to 59"),
         ({"sizes": torch.tensor([5])}, r"sizes\[0\]: got 5, wanted 1 to 4"),
-        ({"values": torch.zeros(60, 36, dtype=torch.uint8)}, "values: got 36 columns, wanted 37"),
-        ({"values": torch.zeros(60, 37, dtype=torch.float64)}, "values: got Double"),
+        (
+            {"data": torch.zeros(60, 36, dtype=torch.uint8)},
+            r"data: got shape \[60, 36\].*wanted contiguous \[N, 37\]",
+        ),
+        (
+            {"data": torch.zeros(60, 37, dtype=torch.float64)},
+            "data: got dtype Double, wanted uint8 or float32",
+        ),
         ({"optimizer": "rmsprop"}, 'optimizer: got "rmsprop"'),
+        ({"options": {"learning_rate": 0.1}}, 'options: got "learning_rate", wanted lr, eps'),
         ({"parameters": []}, "parameters: got 0"),
+        ({"states": [[]]}, "states: got 1 lists, wanted 0"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
@@ -300,17 +347,17 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     parameters = [p.detach() for p in engine._program.model.parameters()]
     arguments: dict[str, Any] = {
         "parameters": parameters,
-        "states": [[] for _ in parameters],
+        "states": [],
         "optimizer": "sgd",
-        "numbers": {"lr": 0.1},
-        "updates_before": 0,
-        "values": pixels(60),
+        "options": {"lr": 0.1},
+        "data": pixels(60),
         "packed": False,
         "dynamic": False,
         "scale": 1.0,
         "rows": torch.zeros(1, 4, dtype=torch.int64),
         "sizes": torch.tensor([4]),
         "seeds": torch.zeros(1, 2, dtype=torch.int64),
+        "updates": 0,
     }
     with pytest.raises(ValueError, match=message):
         engine._step.prepare(**{**arguments, **change})

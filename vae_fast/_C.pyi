@@ -28,15 +28,15 @@ class CpuStep:
         parameters: Sequence[Tensor],
         states: Sequence[Sequence[Tensor]],
         optimizer: str,
-        numbers: dict[str, float],
-        updates_before: int,
-        values: Tensor,
+        options: dict[str, float],
+        data: Tensor,
         packed: bool,
         dynamic: bool,
         scale: float,
         rows: Tensor,
         sizes: Tensor,
         seeds: Tensor,
+        updates: int,
     ) -> Run: ...
 
 class CudaStep:
@@ -59,7 +59,7 @@ class CudaStep:
         parameters: Sequence[Tensor],
         states: Sequence[Sequence[Tensor]],
         data: Tensor,
-        bits: bool,
+        packed: bool,
         dynamic: bool,
         scale: float,
         batch_size: int,

@@ -147,8 +147,7 @@ class NativeEngine(AutogradEngine):
     def run(self, n_steps: int) -> Tensor:
         if not self._on_cuda:
             return run_together([self], [n_steps])[0]
-        with torch.cuda.device(self._program.device):
-            terms: Tensor = self._run_on_cuda(n_steps)
+        terms = self._run_on_cuda(n_steps)
         self.count(n_steps)
         return terms
 
@@ -162,44 +161,44 @@ class NativeEngine(AutogradEngine):
             parameters=[p.detach() for p in self._parameters],
             states=states,
             optimizer=self._kind,
-            numbers=self._numbers(),
-            updates_before=int(counters[0]) if counters else 0,
-            values=_values(data),
+            options=self._options(),
+            data=_values(data),
             packed=False,
             dynamic=data.kind == "dynamic",
             scale=1 / data.scale,
             rows=rows,
             sizes=sizes,
             seeds=seeds,
+            updates=int(counters[0]) if counters else 0,
         )
 
     def _run_on_cuda(self, n_steps: int) -> Tensor:
+        """The next steps, by a ``CudaStep`` that is made anew where what it holds on to has moved."""
         rows, sizes, seeds = self._minibatches(n_steps)
         states, counters = self._states()
-        parameters, numbers = [p.detach() for p in self._parameters], self._numbers()
+        parameters, options = [p.detach() for p in self._parameters], self._options()
         data = self._program.source.data
         if self._values.data_ptr() != data.values.data_ptr():  # a stream writes its data in place
             self._values = _values(data)
-        tensors = [self._values, *parameters, *(state for of_one in states for state in of_one)]
-        needs = (numbers, [t.data_ptr() for t in tensors])
-        width, most_steps = rows.shape[1], max(n_steps, self.chunk_steps)
-        outgrown = width > self._room[0] or n_steps > self._room[1]
+        tensors = [self._values, *parameters, *(tensor for state in states for tensor in state)]
+        needs = (options, [t.data_ptr() for t in tensors])
+        outgrown = rows.shape[1] > self._room[0] or n_steps > self._room[1]
         if outgrown or needs != self._made_for:
-            self._room = (max(width, self._room[0]), max(most_steps, self._room[1]))
+            self._room = (max(rows.shape[1], self._room[0]), max(n_steps, self.chunk_steps, self._room[1]))
             self._cuda_step = _C.CudaStep(
                 **self._network,
                 optimizer=self._kind,
-                options=numbers,
+                options=options,
                 parameters=parameters,
-                states=[list(of_all) for of_all in zip(*states, strict=True)],
+                states=states,
                 data=self._values,
-                bits=False,
+                packed=False,
                 dynamic=data.kind == "dynamic",
                 scale=1 / data.scale,
                 batch_size=self._room[0],
                 most_steps=self._room[1],
             )
-        self._made_for = needs
+            self._made_for = needs
         terms: Tensor = self._cuda_step.run(rows, sizes, seeds, int(counters[0]) if counters else 0)
         return terms
 
@@ -229,23 +228,24 @@ class NativeEngine(AutogradEngine):
             counter += n_steps
         self.next_step += n_steps
 
-    def _numbers(self) -> dict[str, float]:
+    def _options(self) -> dict[str, float]:
         (group,) = self._program.optimizer.param_groups
-        numbers: dict[str, float] = {
+        options: dict[str, float] = {
             key: float(group[key])
             for key in ("lr", "eps", "momentum", "weight_decay", "accumulate_steps")
             if key in group
         }
         if "betas" in group:
-            numbers["beta1"], numbers["beta2"] = (float(beta) for beta in group["betas"])
-        return numbers
+            options["beta1"], options["beta2"] = (float(beta) for beta in group["betas"])
+        return options
 
     def _states(self) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """What the optimizer keeps of each parameter, made where there is nothing yet, and its counters."""
+        """For each thing that the optimizer keeps a tensor for each parameter, made where there is none, and
+        its step counters.
+        """
         optimizer = self._program.optimizer
         if self._kind == "sgd" and not optimizer.param_groups[0]["momentum"]:
-            return [[] for _ in self._parameters], []
-        states = []
+            return [], []
         for p in self._parameters:
             state = optimizer.state[p]
             for key in self._keys:
@@ -253,7 +253,7 @@ class NativeEngine(AutogradEngine):
                     state[key] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             if self._kind in ("adam", "adamw") and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            states.append([state[key] for key in self._keys])
+        states = [[optimizer.state[p][key] for p in self._parameters] for key in self._keys]
         counters = [optimizer.state[p]["step"] for p in self._parameters] if self._kind != "sgd" else []
         return states, counters
 

@@ -50,13 +50,6 @@ CpuStep::CpuStep(const Network& network, const Objective& objective, Precision p
     add({network.data_dim, network.data_dim}, Epilogue::none);
 }
 
-std::vector<std::pair<int64_t, int64_t>> CpuStep::weight_shapes() const {
-  std::vector<std::pair<int64_t, int64_t>> shapes;
-  for (const Layer& layer : layers_)
-    for (int64_t outputs : layer.groups) shapes.emplace_back(outputs, layer.inputs);
-  return shapes;
-}
-
 // Between torch's order of a weight, [outputs, inputs], and panels of outputs
 void CpuStep::exchange(const std::vector<Parameter>& parameters, const Optimizer& optimizer, bool import) {
   size_t parameter = 0;

@@ -39,20 +39,6 @@ class Buffer {
   size_t count_ = 0;
 };
 
-// A parameter and what the optimizer keeps of it, as torch has them: contiguous, of the parameter's shape.
-struct Parameter {
-  float* value;
-  float* state[2];
-};
-
-// The steps of one run, in order: minibatch s is rows[s * width .. + sizes[s]], its seeds are seeds[2 s] (noise) and
-// seeds[2 s + 1] (binarising).
-struct Steps {
-  int64_t count, width;
-  const int64_t *rows, *sizes, *seeds;
-  int64_t updates_before;  // how many updates the optimizer has made
-};
-
 class CpuStep {
  public:
   CpuStep(const Network& network, const Objective& objective, Precision precision);
@@ -62,8 +48,7 @@ class CpuStep {
   void run(const std::vector<Parameter>& parameters, const Optimizer& optimizer, const Data& data, const Steps& steps,
            Terms* terms);
 
-  // {outputs, inputs} of each weight, in the order of the parameters (network.h)
-  std::vector<std::pair<int64_t, int64_t>> weight_shapes() const;
+  const Network& network() const { return network_; }
 
  private:
   // One matrix product: the layers that share an input (mu and logvar, mean and logvar) stand side by side.

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../kernels.h"
@@ -64,6 +65,36 @@ struct Data {
 // Of one step, means over the minibatch in nats: elbo = log_likelihood - beta kl.
 struct Terms {
   float elbo, log_likelihood, kl;
+};
+
+// The shapes of the parameters, in their order
+inline std::vector<std::vector<int64_t>> parameter_shapes(const Network& network) {
+  std::vector<std::vector<int64_t>> shapes;
+  const auto layer = [&](int64_t inputs, int64_t outputs) {
+    shapes.push_back({outputs, inputs});
+    shapes.push_back({outputs});
+  };
+  int64_t width = network.data_dim;
+  for (const int64_t outputs : network.encoder_hidden) layer(std::exchange(width, outputs), outputs);
+  for (int i = 0; i < 2; ++i) layer(width, network.latent_dim);
+  width = network.latent_dim;
+  for (const int64_t outputs : network.decoder_hidden) layer(std::exchange(width, outputs), outputs);
+  for (int i = 0; i < (network.likelihood == Likelihood::bernoulli ? 1 : 2); ++i) layer(width, network.data_dim);
+  return shapes;
+}
+
+// A parameter and what the optimizer keeps of it, as torch has them: contiguous, of the parameter's shape.
+struct Parameter {
+  float* value;
+  float* state[2];  // as many as the optimizer has
+};
+
+// The steps of one run, in order: minibatch s is rows[s * width .. + sizes[s]], its seeds are seeds[2 s] (noise) and
+// seeds[2 s + 1] (binarising).
+struct Steps {
+  int64_t count, width;
+  const int64_t *rows, *sizes, *seeds;
+  int64_t updates_before;  // how many updates the optimizer has made
 };
 
 }  // namespace vae_fast::engine

@@ -35,9 +35,9 @@ std::vector<Terms> train(const Case& c) {
       for (float& value : memory.back()) value = normal(random);
     return memory.back().data();
   };
-  for (const auto& [outputs, inputs] : step.weight_shapes()) {
-    for (const int64_t count : {outputs * inputs, outputs})
-      parameters.push_back({tensor(count, false), {tensor(count, true), tensor(count, true)}});
+  for (const auto& shape : parameter_shapes(c.network)) {
+    const int64_t count = shape.size() == 2 ? shape[0] * shape[1] : shape[0];
+    parameters.push_back({tensor(count, false), {tensor(count, true), tensor(count, true)}});
   }
   constexpr int64_t kRows = 40, kSteps = 25;
   const int64_t row_bytes = c.dtype == DType::f32  ? 4 * c.network.data_dim
