@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import datasets, native
-from .trainer import History, Trainer, _bar, _Interrupt
+from .trainer import History, Trainer, _bar, _Interrupt, report_interval
 
 
 def sweep(
@@ -82,7 +82,7 @@ class _Run:
         if isinstance(self.engine, native.NativeEngine) and self.engine.side_by_side:
             self.native = self.engine
         self.end = trainer.samples_seen + max_samples
-        self.every = report_every or max(10_000, self.source.count or 0)
+        self.every = report_every or report_interval(self.source)
         self.next_report = self._after(trainer.samples_seen)
         trainer.model.train()
 

@@ -307,7 +307,7 @@ class Trainer:
             train, test, max_samples, report_every, checkpoint is not None
         )
         end = self.samples_seen + max_samples
-        every = report_every or max(10_000, source.count or 0)
+        every = report_every or report_interval(source)
 
         self.model.train()
         with self._randomness(), _Interrupt() as interrupt, _bar(max_samples, progress) as bar:
@@ -650,6 +650,11 @@ class Trainer:
             finally:
                 self._fitting = False
                 self._random = random_state(self.device)
+
+
+def report_interval(source: Source) -> int:
+    """Samples from one row of the history to the next, where nobody says."""
+    return max(10_000, source.count or 0)
 
 
 class _Interrupt:
