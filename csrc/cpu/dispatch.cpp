@@ -163,7 +163,7 @@ void launch(const WeightGradient* parts, int count) {
     if (a.nonzero) {
       const int64_t tiles = (a.inputs + tile().rows - 1) / tile().rows;
       terms = 0;
-      for (int64_t t = 0; t < tiles; ++t) terms += a.nonzero[t].count;
+      for (int64_t t = 0; t < tiles; ++t) terms += a.nonzero[t].pays() ? a.nonzero[t].count : a.rows;
       terms /= tiles;
     }
     return 1 + panel_cost(terms + kUpdateRows, a.inputs);

@@ -110,11 +110,12 @@ VAE_FAST_INLINE const int32_t* first_at_least(const int32_t* begin, const int32_
   return begin;
 }
 
-// The same for k in [first, first + count), where a list, if there is one, names the terms that are not zero.
+// The same for k in [first, first + count), where a list, if there is one and it pays, names the terms that are not
+// zero.
 template <bool kAcross>
 VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t first, int64_t count,
                               const TermList* list) {
-  if (!list || list->count == list->of) return multiply<kAcross>(tile, a, ld_a, b, count, EveryTerm{});
+  if (!list || !list->pays()) return multiply<kAcross>(tile, a, ld_a, b, count, EveryTerm{});
   const int32_t* const begin = first_at_least(list->terms, list->terms + list->count, first);
   const int32_t* const end = first_at_least(begin, list->terms + list->count, first + count);
   multiply<kAcross>(tile, a, ld_a, b, end - begin, ListedTerms{begin, first});
