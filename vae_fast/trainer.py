@@ -181,7 +181,7 @@ class Trainer:
             can take the model. ``engine_name`` and ``engine_reason`` say which was taken and why, once
             ``fit`` has begun.
         precision: of the native engine's matrix products. "exact" is float32; "fast" rounds their operands to
-            bfloat16 and adds in float32, which is another curve of the same quality.
+            bfloat16 and adds in float32, which is another curve.
         estimator: "sgvb_b", "sgvb_a", or the score function without and with a baseline, "score_function",
             "score_function_running", "score_function_leave_one_out" (for num_samples of 2 or more); see
             :mod:`vae_fast.estimators`. None: "sgvb_b", or "sgvb_a" for a posterior of your own whose
