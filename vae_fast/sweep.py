@@ -29,8 +29,7 @@ def sweep(
         histories = vf.sweep(trainers, train, test, max_samples=1_000_000)
 
     Each model's curve is that of its own ``fit``, bit for bit. Models that the native engine takes run side
-    by side, one on each thread, which wastes no time waiting for the others as the threads of one model do;
-    the others take turns.
+    by side, one on each thread; the others take turns.
 
     Args:
         trainers: of one or more models, each of which is in there once.
