@@ -94,7 +94,7 @@ class Ours:
             device,
             precision=self._precision,
         )
-        self._most = getattr(self.engine, "chunk_steps", engines.CHUNK_STEPS[device.type])
+        self._most = self.engine.chunk_steps
 
     def _layers(self) -> dict[str, list[torch.nn.Linear]]:
         encoder, decoder = self.model.encoder, self.model.decoder
