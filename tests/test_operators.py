@@ -3,6 +3,7 @@ determinism."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -233,14 +234,22 @@ def test_vmap_over_a_draw_asks_whether_the_noise_is_one_or_many():
 def test_data_parallel_training_takes_the_step_of_a_single_process(tmp_path):
     """One process of a group of one: hooks on every parameter, gradients in shared buckets."""
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    # Python's reference must be the last: torch lets go of the GIL there alone, while it waits for threads
+    # that want it (pytorch/pytorch#56297); else the test hangs now and then.
+    group = torch.distributed.group.WORLD
+    alone, parallel = (vf.VAE(12, [7], 3, seed=0) for _ in range(2))
+    x = torch.rand(5, 12)
+
+    def step(model):
+        (-model(x, seed=1).elbo.mean()).backward()
+
     try:
-        alone, parallel = (vf.VAE(12, [7], 3, seed=0) for _ in range(2))
-        wrapped = torch.nn.parallel.DistributedDataParallel(parallel)
-        x = torch.rand(5, 12)
-        for model in (alone, wrapped):
-            (-model(x, seed=1).elbo.mean()).backward()
+        step(alone)
+        step(torch.nn.parallel.DistributedDataParallel(parallel))
+        gc.collect()
     finally:
         torch.distributed.destroy_process_group()
+        del group
     for a, b in zip(alone.parameters(), parallel.parameters(), strict=True):
         assert b.grad.any() or not a.grad.any()
         assert torch.equal(a.grad, b.grad)
