@@ -39,9 +39,13 @@ enum class Capability { plain, avx2, avx512 };
 Capability best_capability() {
 #if VAE_FAST_X86_BUILDS
   __builtin_cpu_init();
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#ifdef VAE_FAST_EMULATE_AVX512
+  const bool avx512 = avx2;
+#else
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
   return avx512 ? Capability::avx512 : avx2 ? Capability::avx2 : Capability::plain;
 #else
   return Capability::plain;
@@ -146,6 +150,7 @@ void launch(const Forward& a) {
   share(a, blocks(a.rows) * a.panels, panel_cost(std::min(a.rows, tile().block), a.inputs));
 }
 void launch(const GaussianLoss& a) { share(a, a.rows, 4 * a.cols); }
+void launch(const Dream& a) { share(a, a.rows, 8 * a.cols); }
 void launch(const LatentForward& a) { share(a, a.batch, 2 * a.samples * a.latent); }
 void launch(const LatentBackward& a) { share(a, a.batch, 2 * a.samples * a.latent); }
 void launch(const InputGradient& a) {
