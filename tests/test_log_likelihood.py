@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from linear_gaussian import LinearGaussian
-from torch import Tensor
+from torch import Tensor, nn
 
 from vae_fast import VAE, reference
 from vae_fast.estimators import EVALUATE_IMPORTANCE, step_seed
@@ -198,6 +198,25 @@ def test_appendix_d_may_begin_at_the_encoders_mean(near: LinearGaussian, x: Tens
     assert result.mean == pytest.approx(near.evidence(x[:100]).mean().item(), abs=0.15)
 
 
+def test_appendix_d_finds_posteriors_that_a_chain_from_the_prior_does_not() -> None:
+    """Against log p(x) by a million draws of the prior, for a decoder of steep units."""
+    generator = torch.Generator().manual_seed(1)
+    model = VAE(400, [20], 3, seed=1)
+    hidden, logits = model.decoder.hidden[0], model.decoder.logits
+    with torch.no_grad():
+        for parameter, std in ((hidden.weight, 3.0), (hidden.bias, 1.0), (logits.weight, 2.0)):
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        x = torch.bernoulli(model.decode_mean(torch.randn(30, 3, generator=generator)), generator=generator)
+        evidence = torch.full((30,), -math.inf)
+        for _ in range(50):
+            decoded = model.decoder(torch.randn(20_000, 3, generator=generator))
+            log_likelihood = decoded @ x.T - nn.functional.softplus(decoded).sum(1, keepdim=True)
+            evidence = torch.logaddexp(evidence, log_likelihood.logsumexp(0))
+        wanted = (evidence - math.log(1e6)).mean().item()
+    assert marginal_likelihood(model, x).mean == pytest.approx(wanted, abs=0.4)
+    assert marginal_likelihood(model, x, start="prior").mean < wanted - 2
+
+
 def test_appendix_d_is_the_same_each_time(model: LinearGaussian, x: Tensor) -> None:
     one, two, other = (marginal_likelihood(model, x[:10], burn_in=10, seed=s).mean for s in (1, 1, 2))
     assert one == two != other
@@ -244,5 +263,5 @@ def test_a_bad_argument_is_named(model: LinearGaussian, x: Tensor, estimate: obj
 
 
 def test_an_unknown_start_is_refused(model: LinearGaussian, x: Tensor) -> None:
-    with pytest.raises(ValueError, match="start: got 'x', wanted one of 'prior', 'encoder'"):
+    with pytest.raises(ValueError, match="start: got 'x', wanted one of 'resampled', 'prior'"):
         marginal_likelihood(model, x, start="x")
