@@ -81,14 +81,21 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](int64_t data_dim, std::vector<int64_t> encoder_hidden, int64_t latent_dim,
                        std::vector<int64_t> decoder_hidden, const std::string& activation,
                        const std::string& likelihood, const std::string& estimator, int64_t num_samples, double beta,
-                       double weight_prior, const std::string& precision) {
+                       double weight_prior, const std::string& precision, double logvar_scale) {
+             const Objective objective = objective_of(estimator, num_samples, beta, weight_prior);
+             const Precision how = precision_of(precision);
+             TORCH_CHECK_VALUE(objective.estimator != Estimator::wake_sleep ||
+                                   (num_samples == 1 && beta == 1 && how == Precision::exact),
+                               "estimator: got \"wake_sleep\" with num_samples ", num_samples, ", beta ", beta,
+                               " and precision \"", precision, "\", wanted 1, 1 and \"exact\"");
              return new CpuStep(network_of(data_dim, std::move(encoder_hidden), latent_dim, std::move(decoder_hidden),
-                                           activation, likelihood),
-                                objective_of(estimator, num_samples, beta, weight_prior), precision_of(precision));
+                                           activation, likelihood, logvar_scale),
+                                objective, how);
            }),
            py::kw_only(), py::arg("data_dim"), py::arg("encoder_hidden"), py::arg("latent_dim"),
            py::arg("decoder_hidden"), py::arg("activation"), py::arg("likelihood"), py::arg("estimator"),
-           py::arg("num_samples"), py::arg("beta"), py::arg("weight_prior"), py::arg("precision"))
+           py::arg("num_samples"), py::arg("beta"), py::arg("weight_prior"), py::arg("precision"),
+           py::arg("logvar_scale") = 1.0)
       .def("prepare", &prepare, py::keep_alive<0, 1>(), py::kw_only(), py::arg("parameters"), py::arg("states"),
            py::arg("optimizer"), py::arg("options"), py::arg("data"), py::arg("packed"), py::arg("dynamic"),
            py::arg("scale"), py::arg("rows"), py::arg("sizes"), py::arg("seeds"), py::arg("updates"));

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from vae_fast import datasets, presets
+from vae_fast import MonteCarloEM, datasets, presets
 from vae_fast.cli import main
 from vae_fast.experiments import curves, figure2, figure3, figure4, figure5, page
 from vae_fast.experiments.curves import Curve, CurveError, Point
@@ -92,6 +92,36 @@ def test_the_train_column_is_the_mean_online_bound_since_the_point_before(
     trainer.fit(data["mnist"][0], max_samples=STOPS[1], report_every=100, progress=False)
     steps = [row.train_bound for row in trainer.history if row.samples > STOPS[0]]
     assert points[1].train == pytest.approx(sum(steps) / len(steps), rel=1e-6)
+
+
+def test_monte_carlo_em_takes_all_datapoints_in_a_step_and_counts_its_passes(
+    data: curves.Data, tmp_path: Path
+) -> None:
+    """200 rows of 15 passes each: points where whole steps of 3000 samples are near."""
+    preset = presets.paper_mnist(3, hidden_dim=4).but(batch_size=200, order="shuffle")
+    curve = Curve("n-200", "mcem", preset, "mnist", passes=15)
+    wanted = {12_600: 4, 15_800: None, 20_000: 7, 25_100: 8}
+    for samples, steps in wanted.items():
+        assert curve.reached(samples) == (steps is not None)
+        assert steps is None or curve.datapoints(samples) == 200 * steps
+    found = advance(tmp_path, data, curve)["n-200", "mcem"]
+    assert [p.samples for p in found] == [12_600]
+    more = advance(tmp_path, data, curve, samples=26_000)["n-200", "mcem"]
+    assert [p.samples for p in more] == [12_600, 20_000, 25_100] and more[:1] == found
+    trained = curves.model(curve, tmp_path)
+    trainer = MonteCarloEM(preset.model(seed=0), **preset.trainer_options, seed=0)
+    trainer.fit(data["mnist"][0], max_samples=8 * 200, progress=False)
+    for ours, theirs in zip(trained.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_figures_models_are_the_papers() -> None:
+    aevb, asleep = (figure2.curve("mnist-3", a).preset.model() for a in figure2.ALGORITHMS)
+    assert (aevb.encoder.logvar_scale, asleep.encoder.logvar_scale) == (1, 0.1)
+    mcem = figure3.curve("n-1000", "mcem")
+    assert (mcem.preset.trainer_options["batch_size"], mcem.passes) == (1000, 15)
+    # 195,000, 405,000 and 10,020,000 samples are points of the paper's drawing
+    assert [mcem.datapoints(n) // 1000 for n in (195_000, 405_000, 10_020_000)] == [13, 27, 668]
 
 
 def test_the_folder_of_another_curve_is_refused(data: curves.Data, tmp_path: Path) -> None:

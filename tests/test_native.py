@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import vae_fast as vf
 from vae_fast import _C, datasets
+from vae_fast.algorithms import wake_sleep
 from vae_fast.batches import ArraySource, StreamSource
-from vae_fast.engines import AutogradEngine, Plan, make_engine
+from vae_fast.engines import AutogradEngine, Plan, StepProgram, make_engine
 from vae_fast.native import NativeEngine
 from vae_fast.optim import Adagrad, make_optimizer
 
@@ -46,10 +47,11 @@ def train(
     optimizer: str = "adagrad",
     lr: float = 0.02,
     options: dict[str, Any] | None = None,
+    algorithm: type[StepProgram] = StepProgram,
     **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor], AutogradEngine]:
     """The terms of some steps, and everything that they changed."""
-    model_keys = ("hidden_dims", "latent_dim", "activation", "likelihood", "mean_activation")
+    model_keys = ("hidden_dims", "latent_dim", "activation", "likelihood", "mean_activation", "logvar_scale")
     model = {
         "hidden_dims": [19],
         "latent_dim": 5,
@@ -61,12 +63,14 @@ def train(
     made = make_optimizer(optimizer, vae.parameters(), lr, **options)
     prepared = datasets.prepare(x, likelihood=vae.likelihood, targets=targets)
     source = ArraySource(prepared, batch_size=batch, seed=5, order=order, device=CPU)
-    engine, _ = make_engine(name, vae, made, source, Plan(7, **settings), CPU, precision=precision)
+    plan = Plan(7, **settings)
+    engine, _ = make_engine(name, vae, made, source, plan, CPU, algorithm, precision=precision)
     terms = engine.run(steps)
     state = engine.snapshot().tensors
     return terms.double(), {k: v.double() for k, v in state.items() if not k.startswith("random.")}, engine
 
 
+WAKE_SLEEP = {"algorithm": wake_sleep._Program, "logvar_scale": 0.3, "weight_prior": True}
 CASES: dict[str, dict[str, Any]] = {
     "paper's": {},
     "two hidden layers": {"hidden_dims": [19, 33]},
@@ -91,6 +95,14 @@ CASES: dict[str, dict[str, Any]] = {
     "many row blocks": {"data": pixels(1400), "batch": 700, "steps": 3},
     "deep sums": {"data": pixels(60, 1100), "hidden_dims": [530], "batch": 30, "lr": 1e-3, "steps": 4},
     "float data": {"data": torch.rand(150, 37)},
+    "log-variance scale": {"logvar_scale": 0.1, "lr": 0.1},
+    "log-variance scale, SGVB-A, sgd": {"logvar_scale": 2.0, "estimator": "sgvb_a", "optimizer": "sgd"},
+    "wake-sleep": WAKE_SLEEP,
+    "wake-sleep, sgd, two hidden layers": {**WAKE_SLEEP, "optimizer": "sgd", "hidden_dims": [19, 33]},
+    "wake-sleep, no hidden layer": {**WAKE_SLEEP, "hidden_dims": [], "latent_dim": 20},
+    "wake-sleep, gaussian": {**WAKE_SLEEP, "likelihood": "gaussian"},
+    "wake-sleep, sigmoid mean": {**WAKE_SLEEP, "likelihood": "gaussian", "mean_activation": "sigmoid"},
+    "wake-sleep, many rows": {**WAKE_SLEEP, "data": pixels(1400), "batch": 700, "steps": 3},
 }
 
 

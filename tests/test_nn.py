@@ -89,8 +89,23 @@ def test_the_papers_gaussian_decoder_is_equation_12():
     torch.testing.assert_close(model.decode_mean(z), mean)
 
 
+def test_the_encoders_log_variance_may_be_scaled():
+    model = vf.VAE(12, [9], 3, logvar_scale=0.1, init="torch", seed=0)
+    x = torch.rand(4, 12)
+    head, h = model.encoder.logvar, model.encoder.hidden(x)
+    mu, logvar = model.encoder(x)
+    torch.testing.assert_close(logvar, 0.1 * (h @ head.weight.T) + head.bias)
+    torch.testing.assert_close(mu, model.encoder.mu(h))
+
+
+def test_the_papers_initial_values_may_be_wider():
+    narrow, wide = (vf.VAE(12, [9], 3, init_std=std, seed=0) for std in (0.01, 0.1))
+    for (name, a), b in zip(narrow.named_parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(10 * a, b, msg=name)
+
+
 def test_from_config_makes_the_same_architecture():
-    model = vf.VAE(12, [9, 5], 3, "gaussian", mean_activation="sigmoid", seed=0)
+    model = vf.VAE(12, [9, 5], 3, "gaussian", mean_activation="sigmoid", logvar_scale=0.3, seed=0)
     other = vf.VAE.from_config(model.config)
     other.load_state_dict(model.state_dict())
     x = torch.rand(4, 12)
@@ -120,6 +135,8 @@ def test_any_pair_of_modules_will_do():
         ({"data_dim": 4}, "data_dim, latent_dim: got 4 and None"),
         ({"data_dim": 0, "latent_dim": 2}, "data_dim: got 0, wanted a positive integer"),
         ({"data_dim": 4, "latent_dim": 2, "hidden_dims": [3, -1]}, "hidden_dims: got -1"),
+        ({"data_dim": 4, "latent_dim": 2, "logvar_scale": 0.0}, "logvar_scale: got 0.0, wanted a number"),
+        ({"data_dim": 4, "latent_dim": 2, "init_std": -1.0}, "init_std: got -1.0, wanted a number above 0"),
         ({"encoder": nn.Identity()}, "encoder, decoder: got one of them"),
         ({"data_dim": 4, "latent_dim": 2, "activation": "gelu"}, "activation: got 'gelu'"),
     ],

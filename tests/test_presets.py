@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def test_the_papers_initial_values(preset: vf.presets.Preset) -> None:
     assert not torch.equal(other.encoder.mu.weight, model.encoder.mu.weight)
 
 
+@pytest.mark.parametrize("preset", [vf.presets.paper_mnist, vf.presets.paper_frey])
+def test_wake_sleep_has_a_tenth_of_the_logvar_and_nothing_else(
+    preset: Callable[..., vf.presets.Preset],
+) -> None:
+    plain, wake_sleep = preset(2), preset(2, wake_sleep=True)
+    assert wake_sleep == plain.but({"logvar_scale": 0.1})
+    assert wake_sleep.model().encoder.logvar_scale == 0.1
+    assert plain.model().encoder.logvar_scale == 1
+
+
 @pytest.mark.parametrize("preset", [vf.presets.paper_mnist(3), vf.presets.paper_frey(2)])
 def test_the_papers_settings(preset: vf.presets.Preset) -> None:
     settings = vars(preset.trainer(seed=5).settings)
@@ -91,6 +102,9 @@ def test_anything_can_be_changed() -> None:
     trainer = vf.presets.paper_mnist(2, hidden_dim=8).trainer(**how, dtype=torch.float64)
     assert (trainer.settings.lr, trainer.engine) == (0.1, "reference")
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float64}
+    other = vf.presets.paper_mnist(2, hidden_dim=8).but({"init_std": 0.1}, lr=0.1)
+    assert other.trainer().settings.lr == 0.1
+    assert other.model().decoder.logits.weight.std().item() == pytest.approx(0.1, rel=0.1)
     assert vf.presets.paper_mnist(2).trainer().settings.lr == 0.02  # that of the next is as it was
 
 

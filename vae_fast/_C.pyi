@@ -21,6 +21,7 @@ class CpuStep:
         beta: float,
         weight_prior: float,
         precision: str,
+        logvar_scale: float = 1.0,
     ) -> None: ...
     def prepare(
         self,

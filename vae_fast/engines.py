@@ -125,6 +125,12 @@ class StepProgram:
         self._weights = weights(model) if plan.weight_prior else []
         self._allocate(0, 0)
 
+    @property
+    def native_step(self) -> str | None:
+        """What the native engine calls this step (``estimator`` in csrc/engine/network.h); None: nothing."""
+        known = type(self) is StepProgram and self.plan.estimator in ("sgvb_b", "sgvb_a")
+        return self.plan.estimator if known else None
+
     def _allocate(self, n_steps: int, width: int) -> None:
         self.rows = torch.zeros(n_steps, width, dtype=torch.int64, device=self.device)
         self.seeds = torch.zeros(n_steps, 2, dtype=torch.int64, device=self.device)

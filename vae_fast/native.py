@@ -38,18 +38,23 @@ _OFF = ("nesterov", "dampening", "amsgrad", "maximize", "differentiable")
 def why_not(program: StepProgram) -> str | None:
     """Why the native engine cannot take these steps, in a few words; None: it can."""
     model, optimizer, plan = program.model, program.optimizer, program.plan
-    if type(program) is not StepProgram:
+    on_cuda = program.device.type == "cuda"
+    if program.native_step is None:
+        if type(program) is StepProgram:
+            return f"the estimator is {plan.estimator}"
         return "its step is another algorithm's"
+    if program.native_step == "wake_sleep" and on_cuda:
+        return "its wake-sleep step is for a CPU"
     if program.device.type == "cuda" and not hasattr(_C, "CudaStep"):
         return f"the model is on {program.device}, and this build has no CUDA"
     if program.device.type not in ("cpu", "cuda"):
         return f"the model is on {program.device}"
     if type(getattr(model, "encoder", None)) is not MLPEncoder or type(model.decoder) is not MLPDecoder:
         return "the encoder or the decoder is a module of your own"
+    if on_cuda and model.encoder.logvar_scale != 1:
+        return f"the encoder has logvar_scale={model.encoder.logvar_scale}"
     if posterior_of(model).name != "gaussian":
         return f"the posterior is {posterior_of(model).name}, not gaussian"
-    if plan.estimator not in ("sgvb_b", "sgvb_a"):
-        return f"the estimator is {plan.estimator}"
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "the model has forward hooks"
     if [name for name, _ in model.named_parameters()] != _names(model):
@@ -119,14 +124,16 @@ class NativeEngine(AutogradEngine):
             "decoder_hidden": decoder,
             "activation": "relu" if activations and isinstance(activations[0], nn.ReLU) else "tanh",
             "likelihood": likelihood,
-            "estimator": plan.estimator,
+            "estimator": program.native_step,
             "num_samples": plan.num_samples,
             "beta": plan.beta,
             "weight_prior": 1 / source.count if plan.weight_prior and source.count else 0.0,
             "precision": precision,
         }
         self._on_cuda = program.device.type == "cuda"
-        self._step = None if self._on_cuda else _C.CpuStep(**self._network)
+        self._step = None
+        if not self._on_cuda:
+            self._step = _C.CpuStep(**self._network, logvar_scale=model.encoder.logvar_scale)
         self._cuda_step: Any = None
         self._made_for: Any = None  # what the step on CUDA was made for, and holds on to
         self._values = torch.empty(0)

@@ -5,6 +5,7 @@ Source: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114, se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -103,21 +104,28 @@ class MLPEncoder(nn.Module):
     """q(z|x) = N(mu, diag(exp(logvar))): hidden layers, then one linear head each for mu and logvar
     (appendix C.2).
 
-    x ``[..., data_dim]`` to ``(mu, logvar)``, each ``[..., latent_dim]``.
+    x ``[..., data_dim]`` to ``(mu, logvar)``, each ``[..., latent_dim]``: mu = W h + b, and
+    logvar = ``logvar_scale`` * W' h + b', where h are the last hidden units.
     """
 
     def __init__(
-        self, data_dim: int, hidden_dims: Sequence[int], latent_dim: int, activation: str = "tanh"
+        self,
+        data_dim: int,
+        hidden_dims: Sequence[int],
+        latent_dim: int,
+        activation: str = "tanh",
+        logvar_scale: float = 1.0,
     ) -> None:
         super().__init__()
         widths = [data_dim, *hidden_dims]
+        self.logvar_scale = logvar_scale
         self.hidden = _hidden_layers(widths, activation)
         self.mu = nn.Linear(widths[-1], latent_dim)
         self.logvar = nn.Linear(widths[-1], latent_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.hidden(x)
-        return self.mu(h), self.logvar(h)
+        return self.mu(h), self.logvar(h if self.logvar_scale == 1 else self.logvar_scale * h)
 
 
 class MLPDecoder(nn.Module):
@@ -178,10 +186,14 @@ class VAE(nn.Module):
         posterior: the family of q(z|x): "gaussian", "logistic", "gumbel", "laplace", "student_t",
             "log_normal", or a :class:`vae_fast.distributions.Posterior` of your own. Each takes the encoder's
             mu as its location and exp(logvar / 2) as its scale.
-        init: "paper" draws weights and hidden biases from N(0, 0.01**2) and sets the encoder's log-variance
-        layer and the
-            biases of the outputs to zero; "torch" keeps nn.Linear's own, the better choice for several
-            hidden layers.
+        init: "paper" draws weights and hidden biases from N(0, ``init_std``**2) and sets the encoder's
+            log-variance layer and the biases of the outputs to zero; "torch" keeps nn.Linear's own, the
+            better choice for several hidden layers.
+        init_std: 0.01 as in the authors' code. The paper writes N(0, 0.01), which is 0.1 if that is a
+            variance, and trains faster: docs/decisions.md.
+        logvar_scale: of the weights of the encoder's log-variance, see :class:`MLPEncoder`. Adagrad and Adam,
+            whose steps do not depend on the size of the gradient, move that layer by so much of their own
+            step; the authors' wake-sleep has 0.1.
         seed: makes the initial values a function of this number; None draws it from torch's default
         generator.
         encoder, decoder: modules to use instead; then the arguments above other than likelihood and posterior
@@ -199,6 +211,8 @@ class VAE(nn.Module):
         mean_activation: str | None = None,
         posterior: str | Posterior = "gaussian",
         init: str = "paper",
+        init_std: float = 0.01,
+        logvar_scale: float = 1.0,
         seed: int | None = None,
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
@@ -233,6 +247,10 @@ class VAE(nn.Module):
         ):
             if width < 1:
                 raise ValueError(f"{name}: got {width}, wanted a positive integer")
+        if not (math.isfinite(init_std) and init_std > 0):
+            raise ValueError(f"init_std: got {init_std}, wanted a number above 0")
+        if not (math.isfinite(logvar_scale) and logvar_scale > 0):
+            raise ValueError(f"logvar_scale: got {logvar_scale}, wanted a number above 0")
         if POSTERIORS.get(posterior.name) is posterior:
             self.config = {
                 "data_dim": data_dim,
@@ -243,13 +261,15 @@ class VAE(nn.Module):
                 "mean_activation": mean_activation,
                 "posterior": posterior.name,
                 "init": init,
+                "init_std": init_std,
+                "logvar_scale": logvar_scale,
             }
-        self.encoder = MLPEncoder(data_dim, hidden_dims, latent_dim, activation)
+        self.encoder = MLPEncoder(data_dim, hidden_dims, latent_dim, activation, logvar_scale)
         self.decoder = MLPDecoder(
             latent_dim, tuple(hidden_dims)[::-1], data_dim, likelihood, activation, mean_activation
         )
         if init == "paper":
-            self._init_as_the_paper(seed)
+            self._init_as_the_paper(seed, init_std)
         elif seed is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -263,8 +283,8 @@ class VAE(nn.Module):
         return cls(**config)
 
     @torch.no_grad()
-    def _init_as_the_paper(self, seed: int | None) -> None:
-        """N(0, 0.01**2) for weights and hidden biases, 0 for q's log-variance layer and output biases."""
+    def _init_as_the_paper(self, seed: int | None, std: float) -> None:
+        """N(0, std**2) for weights and hidden biases, 0 for q's log-variance layer and output biases."""
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         for position, (name, parameter) in enumerate(self.named_parameters()):
@@ -273,7 +293,7 @@ class VAE(nn.Module):
                 parameter.zero_()
             else:
                 stream = seed + 0x9E3779B97F4A7C15 * (position + 1)
-                parameter.copy_(0.01 * F.philox_normal(parameter.shape, seed=stream))
+                parameter.copy_(std * F.philox_normal(parameter.shape, seed=stream))
 
     def forward(
         self,

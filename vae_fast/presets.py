@@ -12,6 +12,7 @@ replacement, pixels over 256).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,10 @@ class Preset:
         """A new model; the authors computed in float64."""
         return VAE(**self.model_options, seed=seed).to(dtype)
 
+    def but(self, model: Mapping[str, Any] | None = None, **trainer: Any) -> Preset:
+        """The same with other arguments of the model or of the trainer."""
+        return Preset({**self.model_options, **(model or {})}, {**self.trainer_options, **trainer})
+
     def trainer(self, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Trainer:
         """A trainer of a new model; ``changes`` are arguments of :class:`vae_fast.Trainer`."""
         return Trainer(
@@ -39,26 +44,33 @@ class Preset:
         )
 
 
-def paper_mnist(latent_dim: int, *, hidden_dim: int = 500) -> Preset:
+WAKE_SLEEP_LOGVAR_SCALE = 0.1  # of the recognition model that the authors' code trains by wake-sleep
+
+
+def paper_mnist(latent_dim: int, *, hidden_dim: int = 500, wake_sleep: bool = False) -> Preset:
     """MNIST: 784-500-latent_dim and back, tanh, Bernoulli; figure 2 has 3, 5, 10, 20 and 200 latents.
 
-    The data are ``datasets.mnist()``. Figure 3 has ``latent_dim=3, hidden_dim=100``.
+    The data are ``datasets.mnist()``. Figure 3 has ``latent_dim=3, hidden_dim=100``. ``wake_sleep`` is the
+    model that the authors trained by wake-sleep: its encoder has ``logvar_scale=0.1``.
     """
-    return _paper(latent_dim, hidden_dim, data_dim=784, likelihood="bernoulli")
+    return _paper(latent_dim, hidden_dim, wake_sleep, data_dim=784, likelihood="bernoulli")
 
 
-def paper_frey(latent_dim: int, *, hidden_dim: int = 200) -> Preset:
+def paper_frey(latent_dim: int, *, hidden_dim: int = 200, wake_sleep: bool = False) -> Preset:
     """Frey Face: 560-200-latent_dim and back, tanh, Gaussian with its mean through a sigmoid.
 
-    The data are ``datasets.frey(path)``; figure 2 has 2, 5, 10 and 20 latents.
+    The data are ``datasets.frey(path)``; figure 2 has 2, 5, 10 and 20 latents. ``wake_sleep``: as above.
     """
-    return _paper(latent_dim, hidden_dim, data_dim=560, likelihood="gaussian", mean_activation="sigmoid")
+    return _paper(
+        latent_dim, hidden_dim, wake_sleep, data_dim=560, likelihood="gaussian", mean_activation="sigmoid"
+    )
 
 
-def _paper(latent_dim: int, hidden_dim: int, **model: Any) -> Preset:
+def _paper(latent_dim: int, hidden_dim: int, wake_sleep: bool, **model: Any) -> Preset:
     return Preset(
         {
             **model,
+            **({"logvar_scale": WAKE_SLEEP_LOGVAR_SCALE} if wake_sleep else {}),
             "hidden_dims": [hidden_dim],
             "latent_dim": latent_dim,
             "activation": "tanh",

@@ -59,8 +59,9 @@ struct Gather {
   Matrix x, operand;    // [batch, cols]
 };
 
-// out = epilogue(in W + bias). With bernoulli, out[r, :] = scale (sigmoid(l) - x[r mod x_rows, :]) of the logits l,
-// which is the gradient of -scale log p(x|z), and log_likelihood[p] = sum_r log p(x|z) over the columns of panel p.
+// out = epilogue(in W + bias), of the panels from `logvar_panel` on epilogue(logvar_scale in W + bias). With bernoulli,
+// out[r, :] = scale (sigmoid(l) - x[r mod x_rows, :]) of the logits l, which is the gradient of -scale log p(x|z), and
+// log_likelihood[p] = sum_r log p(x|z) over the columns of panel p.
 struct Forward {
   Epilogue epilogue;
   bool fast;
@@ -69,6 +70,8 @@ struct Forward {
   const TermList* nonzero;  // of every tile of rows of `in`, or null
   const float* weight;
   const float* bias;  // [panels * panel]
+  int64_t logvar_panel;
+  float logvar_scale;
   Matrix out;
   Matrix x;
   int64_t x_rows;
@@ -77,13 +80,24 @@ struct Forward {
 };
 
 // In place of (mean, logvar): the gradients of -scale log N(x; mean, exp(logvar)), times that of the sigmoid if the
-// mean went through one; log_likelihood[r] its sum over a row. logvar starts `half` columns after mean.
+// mean went through one; log_likelihood[r] its sum over a row. logvar starts `half` columns after mean; its gradient is
+// times logvar_scale, which is what the product that it came from was multiplied by.
 struct GaussianLoss {
   bool sigmoid_mean, fast;
   int64_t rows, cols, half, x_rows;
   Matrix outputs, x;
-  float scale;
+  float scale, logvar_scale;
   double* log_likelihood;  // [rows]
+};
+
+// x[r, :] ~ p(x|z): draws from Bernoulli(sigmoid(logit)), as Gather's of Bernoulli(x), or mean + exp(logvar / 2) eps
+struct Dream {
+  engine::Likelihood likelihood;
+  int64_t rows, cols, half;
+  int64_t seed;
+  Matrix outputs;
+  const float* eps;  // [rows, cols]
+  Matrix x;
 };
 
 // z[l batch + b, :] = mu + exp(logvar / 2) eps, kl[b] = KL(q || p), or SGVB-A's estimate of it; `half` as above
@@ -96,7 +110,7 @@ struct LatentForward {
   double* kl;  // [batch]
 };
 
-// In place of (mu, logvar) their gradients, from those of z and kl_scale times that of kl.
+// In place of (mu, logvar) their gradients, from those of z and kl_scale times that of kl; logvar_scale as above
 struct LatentBackward {
   bool estimated_kl, fast;
   int64_t batch, latent, half, samples;
@@ -104,6 +118,7 @@ struct LatentBackward {
   const float* eps;
   Matrix z, grad_z;
   float kl_scale;  // beta / batch
+  float logvar_scale;
 };
 
 // grad_in = (grad_out W^T) * the activation's derivative at its value `in`, if there is one
@@ -117,10 +132,13 @@ struct InputGradient {
 };
 
 // grad W = in^T grad_out, grad bias = sum_r grad_out, and the update of both. The gradients are never stored, but for
-// their sums over the rows so far where there are more than tile().depth rows.
+// their sums over the rows so far where there are more than tile().depth rows. From `logvar_panel` on grad_out is
+// logvar_scale times the gradient in the bias.
 struct WeightGradient {
   int64_t rows, inputs, panels;
   Matrix in, grad_out;
+  int64_t logvar_panel;
+  float logvar_scale;
   const TermList* nonzero;  // of every tile of columns of `in`, or null
   UpdateRule rule;
   StepFactors factors;
@@ -136,6 +154,7 @@ struct WeightGradient {
   DO(FindZeros)                    \
   DO(Forward)                      \
   DO(GaussianLoss)                 \
+  DO(Dream)                        \
   DO(LatentForward)                \
   DO(LatentBackward)               \
   DO(InputGradient)                \

@@ -29,6 +29,12 @@ VAE_FAST_INLINE float* at(Matrix m, int64_t row, int64_t column) { return m.data
 
 // --- the minibatch ---------------------------------------------------------------------------------------------------
 
+// In place of the probabilities in row b of a minibatch draws from Bernoulli of them
+VAE_FAST_INLINE void draw(float* x, int64_t seed, int64_t b, int64_t cols) {
+  for (int64_t c = 0; c < cols; ++c)
+    x[c] = uniform_word(seed, b * cols + c) < static_cast<double>(x[c]) * 0x1p32 ? 1 : 0;
+}
+
 template <class X>
 void gather(const Gather& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
@@ -37,9 +43,7 @@ void gather(const Gather& a, int64_t begin, int64_t end) {
     for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t n) {
       Memory<VF>::store(x + c, Memory<VF>::load(values + c, n) * a.scale, n);
     });
-    if (a.dynamic)
-      for (int64_t c = 0; c < a.cols; ++c)
-        x[c] = uniform_word(a.seed, b * a.cols + c) < static_cast<double>(x[c]) * 0x1p32 ? 1 : 0;
+    if (a.dynamic) draw(x, a.seed, b, a.cols);
     if (a.operand.data != a.x.data)
       for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t n) {
         Memory<VF>::store(at(a.operand, b, c), to_bfloat16(Memory<VF>::load(x + c, n)), n);
@@ -112,10 +116,11 @@ VAE_FAST_INLINE double bernoulli_epilogue(const Forward& a, const Tile& tile, in
 }
 
 VAE_FAST_INLINE void activation_epilogue(const Forward& a, const Tile& tile, int64_t row, int64_t column) {
+  const VF scale = in_every_lane(column < a.logvar_panel * kPanel ? 1 : a.logvar_scale);
   for (int i = 0; i < kTileRows; ++i) {
     for (int j = 0; j < 2; ++j) {
       const int64_t c = column + j * kLanes;
-      VF v = tile.sum[i][j] + to_floats(a.bias + c);
+      VF v = scale * tile.sum[i][j] + to_floats(a.bias + c);
       if (a.epilogue == Epilogue::tanh) v = rounded(tanh_by_exponent(v), a.fast);
       if (a.epilogue == Epilogue::relu) v = rounded(relu(v), a.fast);
       from_floats(at(a.out, row + i, c), v);
@@ -165,9 +170,25 @@ void run_part(const GaussianLoss& a, int64_t begin, int64_t end) {
       const GaussianResidual<VF> residual(m, lv, M::load(x + c, n));
       const VF scale = in_every_lane(-a.scale);
       M::store(mean + c, rounded(scale * residual.grad_mean() * derivative, a.fast), n);
-      M::store(logvar + c, rounded(scale * residual.grad_logvar(), a.fast), n);
+      M::store(logvar + c, rounded(in_every_lane(a.logvar_scale) * (scale * residual.grad_logvar()), a.fast), n);
       return residual.log_likelihood(lv);
     });
+  }
+}
+
+void run_part(const Dream& a, int64_t begin, int64_t end) {
+  using M = Memory<VF>;
+  const bool bernoulli = a.likelihood == engine::Likelihood::bernoulli;
+  for (int64_t r = begin; r < end; ++r) {
+    const float* outputs = at(a.outputs, r, 0);
+    float* x = at(a.x, r, 0);
+    for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t n) {
+      VF mean = M::load(outputs + c, n);
+      if (a.likelihood != engine::Likelihood::gaussian) mean = -bernoulli_grad_logit(mean, VF{});  // the sigmoid
+      if (!bernoulli) mean = reparameterize(mean, M::load(outputs + a.half + c, n), M::load(a.eps + r * a.cols + c, n));
+      M::store(x + c, mean, n);
+    });
+    if (bernoulli) draw(x, a.seed, r, a.cols);
   }
 }
 
@@ -218,7 +239,7 @@ void run_part(const LatentBackward& a, int64_t begin, int64_t end) {
         to_logvar = Math<VF>::fma(scale, gaussian_kl_grad_logvar(lv), to_logvar);
       }
       M::store(mu + c, rounded(to_mu, a.fast), n);
-      M::store(logvar + c, rounded(to_logvar, a.fast), n);
+      M::store(logvar + c, rounded(in_every_lane(a.logvar_scale) * to_logvar, a.fast), n);
     });
   }
 }
@@ -322,6 +343,7 @@ void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
         VF g = row == 0 ? VF{} : to_floats(bias_sum + j * kLanes);
         for (int64_t i = 0; i < depth; ++i) g = g + to_floats(grad_out + i * kPanel + j * kLanes);
         const int64_t at = p * kPanel + j * kLanes;
+        if (last && p >= a.logvar_panel) g = g / in_every_lane(a.logvar_scale);
         if (last)
           update(a, 0, g, a.bias + at, plus(a.bias_state[0], at), plus(a.bias_state[1], at), nullptr);
         else

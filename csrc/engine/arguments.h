@@ -28,19 +28,20 @@ Choice choose(const char* name, const std::string& got, std::initializer_list<co
 
 inline Network network_of(int64_t data_dim, std::vector<int64_t> encoder_hidden, int64_t latent_dim,
                           std::vector<int64_t> decoder_hidden, const std::string& activation,
-                          const std::string& likelihood) {
+                          const std::string& likelihood, double logvar_scale = 1) {
   return {data_dim,
           latent_dim,
           std::move(encoder_hidden),
           std::move(decoder_hidden),
           choose<Activation>("activation", activation, {"tanh", "relu"}),
-          choose<Likelihood>("likelihood", likelihood, {"bernoulli", "gaussian", "gaussian_sigmoid_mean"})};
+          choose<Likelihood>("likelihood", likelihood, {"bernoulli", "gaussian", "gaussian_sigmoid_mean"}),
+          static_cast<float>(logvar_scale)};
 }
 
 inline Objective objective_of(const std::string& estimator, int64_t num_samples, double beta, double weight_prior) {
   TORCH_CHECK_VALUE(num_samples >= 1, "num_samples: got ", num_samples, ", wanted an integer of 1 or more");
-  return {choose<Estimator>("estimator", estimator, {"sgvb_b", "sgvb_a"}), num_samples, static_cast<float>(beta),
-          static_cast<float>(weight_prior)};
+  return {choose<Estimator>("estimator", estimator, {"sgvb_b", "sgvb_a", "wake_sleep"}), num_samples,
+          static_cast<float>(beta), static_cast<float>(weight_prior)};
 }
 
 inline Precision precision_of(const std::string& name) {

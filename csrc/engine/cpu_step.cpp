@@ -25,6 +25,10 @@ float to_bfloat16(float value) {
   return value;
 }
 
+double sum(const std::vector<double>& values, int64_t count) {
+  return std::accumulate(values.begin(), values.begin() + count, 0.0);
+}
+
 }  // namespace
 
 CpuStep::CpuStep(const Network& network, const Objective& objective, Precision precision)
@@ -105,8 +109,13 @@ void CpuStep::reserve(int64_t batch) {
   if (batch <= batch_) return;
   batch_ = batch;
   const int64_t decoded = batch * objective_.num_samples;
+  const bool wake_sleep = objective_.estimator == Estimator::wake_sleep;
   exact_x_ = matrix(x_, batch, network_.data_dim);
   Matrix in = fast_ ? matrix(x_operand_, batch, network_.data_dim) : exact_x_;
+  if (wake_sleep) {
+    dreamed_x_ = matrix(dream_of_x_, batch, network_.data_dim);
+    dreamed_z_ = matrix(dream_of_z_, batch, network_.latent_dim);
+  }
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = layers_[i];
     const int64_t rows = i > heads_ ? decoded : batch, width = layer.panels * tile_.panel;
@@ -123,64 +132,73 @@ void CpuStep::reserve(int64_t batch) {
   const int64_t column_tiles = round_up(network_.data_dim, tile_.rows) / tile_.rows;
   of_rows_.resize(static_cast<size_t>(row_tiles)), columns_.resize(static_cast<size_t>(row_tiles * network_.data_dim));
   of_columns_.resize(static_cast<size_t>(column_tiles)), row_numbers_.resize(static_cast<size_t>(column_tiles * batch));
-  eps_.at_least(static_cast<size_t>(decoded * network_.latent_dim));
+  const int64_t widest = wake_sleep ? std::max(network_.latent_dim, network_.data_dim) : network_.latent_dim;
+  eps_.at_least(static_cast<size_t>(decoded * widest));
   const int64_t blocks = (decoded + tile_.block - 1) / tile_.block;
   log_likelihood_.resize(static_cast<size_t>(std::max(decoded, blocks * layers_.back().panels)));
   kl_.resize(static_cast<size_t>(batch));
 }
 
-Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const int64_t* seeds,
-                    const Optimizer& optimizer, int64_t update) {
-  const int64_t samples = objective_.num_samples, decoded = batch * samples, latent = network_.latent_dim;
-  const bool estimated = objective_.estimator == Estimator::sgvb_a;
-  const float scale = static_cast<float>(1.0 / static_cast<double>(decoded));
-  Layer &heads = layers_[heads_], &output = layers_.back();
-  const Matrix x = exact_x_, z = layers_[heads_ + 1].in, grad_z = matrix(grad_z_, batch_ * samples, latent);
-  const int64_t half = round_up(latent, tile_.panel);
+// Of the encoder's first layer's input, for its two products
+void CpuStep::find_zeros(Matrix x, int64_t batch) {
+  cpu::launch(cpu::FindZeros{batch, network_.data_dim, x, columns_.data(), row_numbers_.data(), of_rows_.data(),
+                             of_columns_.data()});
+}
 
-  const auto forward = [&](Layer& layer, int64_t n) {
-    cpu::Forward a{};
-    a.epilogue = layer.epilogue, a.fast = fast_;
-    a.rows = n, a.inputs = layer.inputs, a.outputs = layer.groups[0], a.panels = layer.panels;
-    a.in = layer.in, a.nonzero = &layer == &layers_[0] ? of_rows_.data() : nullptr;
-    a.weight = operand(layer), a.bias = layer.bias.data(), a.out = layer.out;
-    a.x = x, a.x_rows = batch, a.scale = scale;
-    a.log_likelihood = layer.epilogue == Epilogue::bernoulli ? log_likelihood_.data() : nullptr;
-    cpu::launch(a);
-  };
+void CpuStep::forward(Layer& layer, Matrix in, int64_t rows, Epilogue epilogue, const Targets& targets) {
+  cpu::Forward a{};
+  a.epilogue = epilogue, a.fast = fast_;
+  a.rows = rows, a.inputs = layer.inputs, a.outputs = layer.groups[0], a.panels = layer.panels;
+  a.in = in, a.nonzero = &layer == &layers_[0] ? of_rows_.data() : nullptr;
+  a.weight = operand(layer), a.bias = layer.bias.data(), a.out = layer.out;
+  a.logvar_panel = logvar_panel(layer), a.logvar_scale = network_.logvar_scale;
+  a.x = targets.x, a.x_rows = targets.rows, a.scale = targets.scale;
+  a.log_likelihood = epilogue == Epilogue::bernoulli ? log_likelihood_.data() : nullptr;
+  cpu::launch(a);
+}
 
-  cpu::launch(cpu::Gather{data.dtype, data.dynamic, data.scale, batch, data.cols, seeds[1], data.values, rows, x,
-                          layers_[0].in});
-  cpu::launch(cpu::FindZeros{batch, network_.data_dim, layers_[0].in, columns_.data(), row_numbers_.data(),
-                             of_rows_.data(), of_columns_.data()});
-  for (size_t i = 0; i <= heads_; ++i) forward(layers_[i], batch);
-  cpu::launch(PhiloxNormal{DType::f32, decoded * latent, &seeds[0], eps_.data()});
-  cpu::launch(
-      cpu::LatentForward{estimated, fast_, batch, latent, half, samples, heads.out, eps_.data(), z, kl_.data()});
-  for (size_t i = heads_ + 1; i < layers_.size(); ++i) forward(layers_[i], decoded);
-  int64_t partial_sums = (decoded + tile_.block - 1) / tile_.block * output.panels;
+// (mu, logvar) of q(z|x)
+void CpuStep::encode(Matrix x, int64_t batch) {
+  layers_[0].in = x;
+  for (size_t i = 0; i <= heads_; ++i) forward(layers_[i], layers_[i].in, batch, layers_[i].epilogue, {});
+}
+
+// The outputs of p(x|z); of a Bernoulli with targets the gradients of its logits instead
+void CpuStep::decode(Matrix z, int64_t rows, const Targets& targets) {
+  for (size_t i = heads_ + 1; i < layers_.size(); ++i) {
+    const Epilogue epilogue = layers_[i].epilogue;
+    const bool outputs_alone = epilogue == Epilogue::bernoulli && targets.rows == 0;
+    forward(layers_[i], i == heads_ + 1 ? z : layers_[i].in, rows, outputs_alone ? Epilogue::none : epilogue, targets);
+  }
+}
+
+// Decodes z, of `rows` rows, and turns the outputs into their gradients; returns the mean log-likelihood.
+double CpuStep::decode_and_compare(Matrix z, int64_t rows, int64_t batch) {
+  const Layer& output = layers_.back();
+  const Targets targets{exact_x_, batch, static_cast<float>(1.0 / static_cast<double>(rows))};
+  decode(z, rows, targets);
+  int64_t partial_sums = (rows + tile_.block - 1) / tile_.block * output.panels;
   if (network_.likelihood != Likelihood::bernoulli) {
-    partial_sums = decoded;
-    cpu::launch(cpu::GaussianLoss{network_.likelihood == Likelihood::gaussian_sigmoid_mean, fast_, decoded,
-                                  network_.data_dim, round_up(network_.data_dim, tile_.panel), batch, output.out, x,
-                                  scale, log_likelihood_.data()});
+    partial_sums = rows;
+    cpu::launch(cpu::GaussianLoss{network_.likelihood == Likelihood::gaussian_sigmoid_mean, fast_, rows,
+                                  network_.data_dim, round_up(network_.data_dim, tile_.panel), batch, output.out,
+                                  exact_x_, targets.scale, 1.0f, log_likelihood_.data()});
   }
+  return sum(log_likelihood_, partial_sums) / static_cast<double>(rows);
+}
 
-  for (size_t i = layers_.size(); i-- > 1;) {
-    Layer& layer = layers_[i];
-    const bool after_latent = i == heads_ + 1;
-    Layer& before = layers_[i - 1];
-    cpu::launch(cpu::InputGradient{after_latent ? Epilogue::none : before.epilogue, fast_, i > heads_ ? decoded : batch,
-                                   layer.inputs, layer.panels, layer.grad_out, operand(layer), layer.in,
-                                   after_latent ? grad_z : before.grad_out});
-    if (after_latent)
-      cpu::launch(cpu::LatentBackward{estimated, fast_, batch, latent, half, samples, heads.out, eps_.data(), z, grad_z,
-                                      objective_.beta / static_cast<float>(batch)});
-  }
+// The gradient in the input of layer i from that of its output
+void CpuStep::input_gradient(size_t i, int64_t rows, Matrix grad_in) {
+  const bool after_latent = i == heads_ + 1;
+  const Layer& layer = layers_[i];
+  cpu::launch(cpu::InputGradient{after_latent ? Epilogue::none : layers_[i - 1].epilogue, fast_, rows, layer.inputs,
+                                 layer.panels, layer.grad_out, operand(layer), layer.in, grad_in});
+}
 
+void CpuStep::update(int64_t batch, int64_t decoded, const Optimizer& optimizer, int64_t number) {
   const UpdateRule rule = rule_of(optimizer);
   const StepFactors factors =
-      step_factors(rule.kind, optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.accumulate_steps, update);
+      step_factors(rule.kind, optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.accumulate_steps, number);
   updates_.clear();
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = layers_[i];
@@ -189,6 +207,8 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
                         layer.panels,
                         layer.in,
                         layer.grad_out,
+                        logvar_panel(layer),
+                        network_.logvar_scale,
                         i == 0 ? of_columns_.data() : nullptr,
                         rule,
                         factors,
@@ -201,13 +221,63 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
                         layer.sums.data()});
   }
   cpu::launch(updates_.data(), static_cast<int>(updates_.size()));
+}
 
-  const auto mean = [](const std::vector<double>& values, int64_t count, int64_t over) {
-    return std::accumulate(values.begin(), values.begin() + count, 0.0) / static_cast<double>(over);
-  };
-  const double log_likelihood = mean(log_likelihood_, partial_sums, decoded), kl = mean(kl_, batch, batch);
+Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const int64_t* seeds,
+                    const Optimizer& optimizer, int64_t update_number) {
+  const int64_t samples = objective_.num_samples, decoded = batch * samples, latent = network_.latent_dim;
+  const bool wake_sleep = objective_.estimator == Estimator::wake_sleep;
+  const bool estimated = wake_sleep || objective_.estimator == Estimator::sgvb_a;
+  const int64_t half = round_up(latent, tile_.panel);
+  const Layer& heads = layers_[heads_];
+  const Matrix in = fast_ ? matrix(x_operand_, batch_, network_.data_dim) : exact_x_, z = layers_[heads_ + 1].in;
+
+  cpu::launch(
+      cpu::Gather{data.dtype, data.dynamic, data.scale, batch, data.cols, seeds[1], data.values, rows, exact_x_, in});
+  find_zeros(in, batch);
+  encode(in, batch);
+  cpu::launch(PhiloxNormal{DType::f32, decoded * latent, &seeds[0], eps_.data()});
+  cpu::launch(
+      cpu::LatentForward{estimated, fast_, batch, latent, half, samples, heads.out, eps_.data(), z, kl_.data()});
+  const double kl = sum(kl_, batch) / static_cast<double>(batch);
+
+  double log_likelihood;
+  if (wake_sleep) {
+    dream(batch, seeds[0]);
+    log_likelihood = decode_and_compare(z, batch, batch);
+    for (size_t i = layers_.size(); i-- > heads_ + 2;) input_gradient(i, batch, layers_[i - 1].grad_out);
+    find_zeros(dreamed_x_, batch);
+    encode(dreamed_x_, batch);
+    cpu::launch(cpu::GaussianLoss{false, fast_, batch, latent, half, batch, heads.out, dreamed_z_,
+                                  1.0f / static_cast<float>(batch), network_.logvar_scale, kl_.data()});
+  } else {
+    const Matrix grad_z = matrix(grad_z_, batch_ * samples, latent);
+    log_likelihood = decode_and_compare(z, decoded, batch);
+    for (size_t i = layers_.size(); i-- > heads_ + 1;)
+      input_gradient(i, decoded, i == heads_ + 1 ? grad_z : layers_[i - 1].grad_out);
+    cpu::launch(cpu::LatentBackward{estimated, fast_, batch, latent, half, samples, heads.out, eps_.data(), z, grad_z,
+                                    objective_.beta / static_cast<float>(batch), network_.logvar_scale});
+  }
+  for (size_t i = heads_; i > 0; --i) input_gradient(i, batch, layers_[i - 1].grad_out);
+  update(batch, decoded, optimizer, update_number);
   return {static_cast<float>(log_likelihood - static_cast<double>(objective_.beta) * kl),
           static_cast<float>(log_likelihood), static_cast<float>(kl)};
+}
+
+// (z', x') ~ p(z) p(x|z), from streams 1 and 2 of the step's noise (vae_fast/algorithms/common.py)
+void CpuStep::dream(int64_t batch, int64_t seed) {
+  const auto stream = [&](uint64_t number) {
+    return static_cast<int64_t>(static_cast<uint64_t>(seed) ^ (number * 0x9E3779B97F4A7C15ull));
+  };
+  const int64_t latent = network_.latent_dim, data_dim = network_.data_dim, of_z = stream(1), of_x = stream(2);
+  cpu::launch(PhiloxNormal{DType::f32, batch * latent, &of_z, eps_.data()});
+  for (int64_t b = 0; b < batch; ++b)
+    std::copy_n(eps_.data() + b * latent, latent, dreamed_z_.data + b * dreamed_z_.ld);
+  decode(dreamed_z_, batch, {});
+  if (network_.likelihood != Likelihood::bernoulli)
+    cpu::launch(PhiloxNormal{DType::f32, batch * data_dim, &of_x, eps_.data()});
+  cpu::launch(cpu::Dream{network_.likelihood, batch, data_dim, round_up(data_dim, tile_.panel), of_x,
+                         layers_.back().out, eps_.data(), dreamed_x_});
 }
 
 void CpuStep::run(const std::vector<Parameter>& parameters, const Optimizer& optimizer, const Data& data,

@@ -1,5 +1,6 @@
-// The native training step on a CPU: algorithm 1 of the paper (Kingma & Welling, arXiv:1312.6114) for multi-layer
-// perceptrons, in the parts of cpu/training.h. No torch tensors here; what is allocated is kept from step to step.
+// The native training step on a CPU: algorithm 1 of the paper (Kingma & Welling, arXiv:1312.6114), or the wake-sleep
+// algorithm, for multi-layer perceptrons, in the parts of cpu/training.h. No torch tensors here; what is allocated is
+// kept from step to step.
 #pragma once
 
 #include <cstdlib>
@@ -30,6 +31,7 @@ class Buffer {
     if (count_) std::memset(memory_.get(), 0, count_ * sizeof(float));
   }
   float* data() { return memory_.get(); }
+  const float* data() const { return memory_.get(); }
 
  private:
   struct Free {
@@ -61,12 +63,32 @@ class CpuStep {
     cpu::Matrix in{}, out{}, grad_out{};
   };
 
+  // What a decoder's outputs are compared with: output row r with x's row r mod `rows`; none, and `rows` is 0.
+  struct Targets {
+    cpu::Matrix x{};
+    int64_t rows = 0;
+    float scale = 0;  // of the gradients
+  };
+
   void exchange(const std::vector<Parameter>& parameters, const Optimizer& optimizer, bool import);
   void reserve(int64_t batch);
   cpu::Matrix matrix(Buffer& buffer, int64_t rows, int64_t columns) const;
-  const float* operand(Layer& layer) { return fast_ ? layer.operand.data() : layer.weight.data(); }
+  const float* operand(const Layer& layer) const { return fast_ ? layer.operand.data() : layer.weight.data(); }
+  // The first panel of the encoder's logvar, in its layer; behind all panels in every other
+  int64_t logvar_panel(const Layer& layer) const {
+    return &layer == &layers_[heads_] ? layer.panels / 2 : layer.panels;
+  }
+
   Terms step(const Data& data, const int64_t* rows, int64_t batch, const int64_t* seeds, const Optimizer& optimizer,
-             int64_t update);
+             int64_t update_number);
+  void find_zeros(cpu::Matrix x, int64_t batch);
+  void forward(Layer& layer, cpu::Matrix in, int64_t rows, cpu::Epilogue epilogue, const Targets& targets);
+  void encode(cpu::Matrix x, int64_t batch);
+  void decode(cpu::Matrix z, int64_t rows, const Targets& targets);
+  double decode_and_compare(cpu::Matrix z, int64_t rows, int64_t batch);
+  void dream(int64_t batch, int64_t seed);
+  void input_gradient(size_t i, int64_t rows, cpu::Matrix grad_in);
+  void update(int64_t batch, int64_t decoded, const Optimizer& optimizer, int64_t number);
 
   Network network_;
   Objective objective_;
@@ -75,8 +97,8 @@ class CpuStep {
   std::vector<Layer> layers_;  // the encoder's hidden ones, the heads, the decoder's hidden ones, the outputs
   size_t heads_;               // which one that is
   int64_t batch_ = 0;          // what there is room for
-  Buffer x_, x_operand_, eps_, z_, grad_z_;
-  cpu::Matrix exact_x_{};
+  Buffer x_, x_operand_, eps_, z_, grad_z_, dream_of_x_, dream_of_z_;
+  cpu::Matrix exact_x_{}, dreamed_x_{}, dreamed_z_{};  // the last two of wake-sleep alone
   std::vector<cpu::WeightGradient> updates_;
   std::vector<int32_t> columns_, row_numbers_;
   std::vector<cpu::TermList> of_rows_, of_columns_;

@@ -1,5 +1,5 @@
-// What the native engine trains: a variational auto-encoder of two multi-layer perceptrons, how a step estimates its
-// bound, and what updates the parameters. Plain data, no torch; the CPU step and the CUDA step both read it.
+// What the native engine trains: a variational auto-encoder of two multi-layer perceptrons, what a step ascends, and
+// what updates the parameters. Plain data, no torch; the CPU step and the CUDA step both read it.
 //
 // Parameters are numbered as torch's named_parameters() gives them: for each hidden layer of the encoder weight and
 // bias, then mu's and logvar's; for each hidden layer of the decoder weight and bias, then those of the logits, or of
@@ -16,7 +16,7 @@ namespace vae_fast::engine {
 
 enum class Activation : int8_t { tanh, relu };
 enum class Likelihood : int8_t { bernoulli, gaussian, gaussian_sigmoid_mean };
-enum class Estimator : int8_t { sgvb_b, sgvb_a };
+enum class Estimator : int8_t { sgvb_b, sgvb_a, wake_sleep };
 enum class OptimizerKind : int8_t { sgd, adagrad, adam, adamw };
 enum class Precision : int8_t { exact, fast };
 
@@ -25,10 +25,13 @@ struct Network {
   std::vector<int64_t> encoder_hidden, decoder_hidden;  // widths, from the input on
   Activation activation;
   Likelihood likelihood;
+  float logvar_scale = 1;  // the encoder's logvar is logvar_scale W h + b
 };
 
 // The objective of a step is the minibatch mean of 1/L sum_l log p(x|z_l) - beta KL, or of SGVB-A's estimate of it,
-// plus weight_prior * log N(W; 0, I) for every weight (not bias): weight_prior is 1/N, or 0 for none.
+// plus weight_prior * log N(W; 0, I) for every weight (not bias): weight_prior is 1/N, or 0 for none. By wake_sleep the
+// decoder ascends log p(x|z), z ~ q(z|x), and the encoder log q(z'|x') for a dream (z', x') ~ p(z) p(x|z); L and beta
+// are then 1.
 struct Objective {
   Estimator estimator;
   int64_t num_samples;  // L

@@ -73,7 +73,8 @@ int main() {
   const Optimizer adagrad{OptimizerKind::adagrad, 0.05, 1e-8, 0, 0, 0, 0, 0};
   const Optimizer adam{OptimizerKind::adam, 0.01, 1e-8, 0.9, 0.999, 0, 0, 0};
   const Optimizer sgd{OptimizerKind::sgd, 1e-3, 0, 0, 0, 0, 0, 0};
-  const Objective one{Estimator::sgvb_b, 1, 1.0f, 0.0f}, several{Estimator::sgvb_a, 3, 0.5f, 0.01f};
+  const Objective one{Estimator::sgvb_b, 1, 1.0f, 0.0f}, several{Estimator::sgvb_a, 3, 0.5f, 0.01f},
+      wake_sleep{Estimator::wake_sleep, 1, 1.0f, 0.01f};
   const std::vector<Case> cases = {
       {{37, 3, {19}, {19}, Activation::tanh, Likelihood::bernoulli}, one, adagrad, Precision::exact, DType::u8, 23},
       {{1, 1, {1}, {}, Activation::relu, Likelihood::bernoulli}, one, sgd, Precision::exact, DType::bits, 1},
@@ -90,6 +91,18 @@ int main() {
        Precision::fast,
        DType::bits,
        301},
+      {{37, 17, {19}, {5, 19}, Activation::tanh, Likelihood::bernoulli, 0.1f},
+       wake_sleep,
+       adagrad,
+       Precision::exact,
+       DType::u8,
+       23},
+      {{65, 3, {}, {40}, Activation::relu, Likelihood::gaussian_sigmoid_mean, 0.1f},
+       wake_sleep,
+       adam,
+       Precision::exact,
+       DType::f32,
+       130},
   };
   int failures = 0;
   for (size_t i = 0; i < cases.size(); ++i) {

@@ -51,6 +51,8 @@ class WakeSleep(Algorithm):
 
 
 class _Program(StepProgram):
+    native_step = "wake_sleep"
+
     def estimate_batch(self, x: Tensor, seed: int | Tensor) -> Estimate:
         """``objective`` has the wake gradient for the decoder and the sleep gradient for the encoder."""
         model, ops = self.model, self.ops

@@ -63,7 +63,8 @@ class Point:
 class Curve:
     """One line of a figure.
 
-    ``data`` is "mnist" or "frey", of whose training rows the first ``rows`` are trained on; None: all.
+    ``data`` is "mnist" or "frey", of whose training rows the first ``rows`` are trained on; None: all. On the
+    curve's axis a datapoint of a minibatch counts as ``passes`` samples: how often a step looks at it.
     """
 
     panel: str
@@ -71,10 +72,20 @@ class Curve:
     preset: Preset
     data: str
     rows: int | None = None
+    passes: int = 1
 
     @property
     def name(self) -> str:
         return f"{self.panel}-{self.algorithm}"
+
+    def datapoints(self, samples: int) -> int:
+        """Datapoints of minibatches after so many samples, to the nearest whole step."""
+        batch = self.preset.trainer_options["batch_size"]
+        return int(round(samples / (self.passes * batch)) * batch)
+
+    def reached(self, samples: int) -> bool:
+        """Whether whole steps come within a twentieth of so many samples: else there is no point there."""
+        return abs(self.datapoints(samples) * self.passes - samples) <= samples / 20
 
 
 Data: TypeAlias = Mapping[str, tuple[Prepared, Prepared]]
@@ -157,14 +168,15 @@ def advance(
             _claim(folder, curve, train, seed)
         points = _read_points(folder)
         found[curve.panel, curve.algorithm] = points
-        if not draw_only and (not points or points[-1].samples < stops[-1]):
-            jobs.append((curve, folder, train, test, points))
+        own = [stop for stop in stops if curve.reached(stop)]
+        if not draw_only and own and (not points or points[-1].samples < own[-1]):
+            jobs.append((curve, folder, train, test, points, own))
     if draw_only and not any(found.values()):
         raise CurveError(f"{out}: found none of the curves, wanted one or more to draw")
-    total = sum(stops[-1] - (points[-1].samples if points else 0) for *_, points in jobs)
+    total = sum(own[-1] - (points[-1].samples if points else 0) for *_, points, own in jobs)
     with _Progress(total, progress) as bar:
-        for curve, folder, train, test, points in jobs:
-            _train(curve, folder, train, test, points, stops, evaluate, seed, device, bar)
+        for curve, folder, train, test, points, own in jobs:
+            _train(curve, folder, train, test, points, own, evaluate, seed, device, bar)
     return found
 
 
@@ -222,27 +234,29 @@ def _train(
     if path.exists():
         trainer.resume(path)
     # A checkpoint is written before its point: where one is missing, it is the last.
-    points[:] = [point for point in points if point.samples <= trainer.samples_seen]
+    points[:] = [point for point in points if curve.datapoints(point.samples) <= trainer.samples_seen]
     train, test = train.to(trainer.device), test.to(trainer.device)
     for stop in stops:
         done = points[-1].samples if points else 0
         if stop <= done:
             continue
-        while trainer.samples_seen < stop:
+        target, save_every = curve.datapoints(stop), max(1, SAVE_EVERY // curve.passes)
+        while trainer.samples_seen < target:
             before = trainer.samples_seen
-            end = min(stop, (before // SAVE_EVERY + 1) * SAVE_EVERY)
+            end = min(target, (before // save_every + 1) * save_every)
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="train: these are not the data")
                 trainer.fit(
                     train, max_samples=end - before, report_every=end, checkpoint=path, progress=False
                 )
-            bar.update(trainer.samples_seen - before)
-        if trainer.samples_seen > stop:
+            bar.update((trainer.samples_seen - before) * curve.passes)
+        if trainer.samples_seen > target:
             raise CurveError(
-                f"{folder}: found a checkpoint at {trainer.samples_seen:,} samples and no point at {stop:,}, "
-                f"wanted all points up to it in {POINTS}; remove the folder to train this curve anew"
+                f"{folder}: found a checkpoint at {trainer.samples_seen:,} samples and no point at "
+                f"{target:,}, wanted all points up to it in {POINTS}; remove the folder to train this curve "
+                "anew"
             )
-        point = Point(stop, *evaluate(trainer, train, test, _online(trainer, done)))
+        point = Point(stop, *evaluate(trainer, train, test, _online(trainer, curve.datapoints(done))))
         points.append(point)
         text = io.StringIO()
         writer = csv.DictWriter(text, list(Point.__dataclass_fields__), lineterminator="\n")
@@ -279,6 +293,8 @@ def _claim(folder: Path, curve: Curve, train: Prepared, seed: int) -> None:
         "training": curve.preset.trainer_options,
         "train": {"note": train.note, "rows": len(train), "sha256": source.fingerprint()},
     }
+    if curve.passes != 1:
+        spec["passes"] = curve.passes
     path = folder / SPEC
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
