@@ -119,6 +119,8 @@ std::unique_ptr<CudaStep> make(int64_t data_dim, int64_t latent_dim, std::vector
                                const std::string& precision, std::vector<Tensor> parameters,
                                std::vector<std::vector<Tensor>> states, Tensor data, bool packed, bool dynamic,
                                double scale, int64_t batch_size, int64_t most_steps) {
+  TORCH_CHECK_VALUE(estimator != "wake_sleep",
+                    "estimator: got \"wake_sleep\", which is for a CPU, wanted \"sgvb_b\" or \"sgvb_a\"");
   return std::make_unique<CudaStep>(
       network_of(data_dim, std::move(encoder_hidden), latent_dim, std::move(decoder_hidden), activation, likelihood),
       objective_of(estimator, num_samples, beta, weight_prior), optimizer_of(optimizer, options),
