@@ -79,6 +79,15 @@ def posterior(model: LinearGaussian, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (0.5 * logvar).exp()
 
 
+def test_monte_carlo_em_accumulates_for_ten_updates() -> None:
+    trainer = small(MonteCarloEM, optimizer="adagrad", updates=5)
+    before = trainer.model.decoder.logits.weight.detach().clone()
+    fit(trainer, max_samples=40)
+    assert torch.equal(trainer.model.decoder.logits.weight, before)
+    fit(trainer, max_samples=20)
+    assert not torch.equal(trainer.model.decoder.logits.weight, before)
+
+
 # --- what all share -----------------------------------------------------------------------------------------
 
 

@@ -102,7 +102,7 @@ def test_monte_carlo_em_takes_all_datapoints_in_a_step_and_counts_its_passes(
     curve = Curve("n-200", "mcem", preset, "mnist", passes=15)
     wanted = {12_600: 4, 15_800: None, 20_000: 7, 25_100: 8}
     for samples, steps in wanted.items():
-        assert curve.reached(samples) == (steps is not None)
+        assert curve.has_point(samples) == (steps is not None)
         assert steps is None or curve.datapoints(samples) == 200 * steps
     found = advance(tmp_path, data, curve)["n-200", "mcem"]
     assert [p.samples for p in found] == [12_600]
@@ -116,12 +116,24 @@ def test_monte_carlo_em_takes_all_datapoints_in_a_step_and_counts_its_passes(
 
 
 def test_the_figures_models_are_the_papers() -> None:
-    aevb, asleep = (figure2.curve("mnist-3", a).preset.model() for a in figure2.ALGORITHMS)
-    assert (aevb.encoder.logvar_scale, asleep.encoder.logvar_scale) == (1, 0.1)
-    mcem = figure3.curve("n-1000", "mcem")
-    assert (mcem.preset.trainer_options["batch_size"], mcem.passes) == (1000, 15)
-    # 195,000, 405,000 and 10,020,000 samples are points of the paper's drawing
-    assert [mcem.datapoints(n) // 1000 for n in (195_000, 405_000, 10_020_000)] == [13, 27, 668]
+    for panel in ("mnist-3", "frey-2"):
+        aevb, asleep = (figure2.curve(panel, a).preset.model() for a in figure2.ALGORITHMS)
+        assert (aevb.encoder.logvar_scale, asleep.encoder.logvar_scale) == (1, 0.1)
+        for model, std in ((aevb, 0.1), (asleep, 0.01)):
+            assert model.encoder.hidden[0].weight.std().item() == pytest.approx(std, rel=0.05)
+    for panel, rows in figure3.PANELS.items():
+        for algorithm in figure3.ALGORITHMS:
+            curve = figure3.curve(panel, algorithm)
+            options = curve.preset.trainer_options
+            assert (curve.rows, options["lr"]) == (rows, 0.1)
+            everything = algorithm == "mcem"
+            assert (options["batch_size"], curve.passes) == ((rows, 15) if everything else (100, 1))
+            scale = curve.preset.model().encoder.logvar_scale
+            assert scale == (0.1 if algorithm == "wake-sleep" else 1)
+    # 195,000, 405,000 and 27,750,000 samples are points of the paper's drawing
+    mcem, large = (figure3.curve(panel, "mcem") for panel in figure3.PANELS)
+    assert [mcem.datapoints(n) // 1000 for n in (195_000, 405_000)] == [13, 27]
+    assert large.datapoints(27_750_000) == 37 * 50_000
 
 
 def test_the_folder_of_another_curve_is_refused(data: curves.Data, tmp_path: Path) -> None:

@@ -139,6 +139,20 @@ def test_data_of_images_with_margins_give_the_same_steps_as_without_lists_of_zer
         torch.testing.assert_close(changed[name], value, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"algorithm": type("Other", (wake_sleep._Program,), {})}, "its step is another algorithm's"),
+        ({"algorithm": wake_sleep._Program, "precision": "fast"}, "its wake-sleep step is for a CPU"),
+        ({"logvar_scale": 1e-9}, "the encoder has logvar_scale=1e-09"),
+    ],
+)
+def test_says_what_it_does_not_take(case: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"engine: got 'native', but {reason}"):
+        train("native", steps=1, **case)
+    assert train("auto", steps=1, **case)[2].name == "modules"
+
+
 def test_packed_data_give_the_steps_of_unpacked() -> None:
     x = (pixels(60, 37) > 100).to(torch.uint8)
     packed = torch.from_numpy(np.packbits(x.numpy(), axis=1, bitorder="little"))
@@ -184,6 +198,15 @@ def test_fast_is_the_step_with_operands_rounded_to_bfloat16() -> None:
     terms, _, _ = train("native", precision="fast", steps=1)
     error = ((terms - wanted).abs() / wanted.abs())[:, 0].max()
     assert 1e-7 < error < 2**-9
+    how: dict[str, Any] = {"optimizer": "sgd", "steps": 1, "logvar_scale": 0.3}
+    before, exact, fast = (
+        train("reference", torch.float64, lr=0.0, **how)[1],
+        train("reference", torch.float64, lr=1.0, **how)[1],
+        train("native", precision="fast", lr=1.0, **how)[1],
+    )
+    for name, value in exact.items():  # value - before is the gradient
+        error = (fast[name] - value).norm() / (value - before[name]).norm()
+        assert 1e-7 < error < 2**-6, name
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])

@@ -105,7 +105,9 @@ def test_the_papers_initial_values_may_be_wider():
 
 
 def test_from_config_makes_the_same_architecture():
-    model = vf.VAE(12, [9, 5], 3, "gaussian", mean_activation="sigmoid", logvar_scale=0.3, seed=0)
+    how = {"mean_activation": "sigmoid", "logvar_scale": 0.3, "init": "torch", "init_std": 0.2}
+    model = vf.VAE(12, [9, 5], 3, "gaussian", seed=0, **how)
+    assert {name: model.config[name] for name in how} == how
     other = vf.VAE.from_config(model.config)
     other.load_state_dict(model.state_dict())
     x = torch.rand(4, 12)

@@ -384,7 +384,7 @@ def make_engine(
         return AutogradEngine("reference", program), "asked for"
     why = "asked for"
     if name != "modules":
-        why_not = native.why_not(program)
+        why_not = native.why_not(program, precision)
         if why_not is None and name == "auto" and device.type == "cuda":
             why_not = (
                 "its step on CUDA has been emulated, and not yet run on a GPU; engine='native' asks for it"

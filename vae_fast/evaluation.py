@@ -461,8 +461,10 @@ def _resampled_prior(model: Any, x: Tensor, latent_dim: int, seed: int) -> Tenso
     decoded = model.decoder(z)
     words = uniform_words((len(x), PRIOR_DRAWS), torch.full((1,), seed, device=x.device))
     noise = -(-((words.double() + 0.5) / 2**32).log()).log()
-    pairs = zip(x, noise, strict=True)
-    chosen = [(model.log_likelihood(decoded, row) + of_row).argmax() for row, of_row in pairs]
+    chosen = [
+        (model.log_likelihood(decoded, row.expand(PRIOR_DRAWS, *row.shape)) + of_row).argmax()
+        for row, of_row in zip(x, noise, strict=True)
+    ]
     return z[torch.stack(chosen)]
 
 

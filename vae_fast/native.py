@@ -35,7 +35,7 @@ _KINDS: dict[type[torch.optim.Optimizer], tuple[str, tuple[str, ...]]] = {
 _OFF = ("nesterov", "dampening", "amsgrad", "maximize", "differentiable")
 
 
-def why_not(program: StepProgram) -> str | None:
+def why_not(program: StepProgram, precision: str = "exact") -> str | None:
     """Why the native engine cannot take these steps, in a few words; None: it can."""
     model, optimizer, plan = program.model, program.optimizer, program.plan
     on_cuda = program.device.type == "cuda"
@@ -43,15 +43,16 @@ def why_not(program: StepProgram) -> str | None:
         if type(program) is StepProgram:
             return f"the estimator is {plan.estimator}"
         return "its step is another algorithm's"
-    if program.native_step == "wake_sleep" and on_cuda:
-        return "its wake-sleep step is for a CPU"
-    if program.device.type == "cuda" and not hasattr(_C, "CudaStep"):
+    if program.native_step == "wake_sleep" and (on_cuda or precision != "exact"):
+        return "its wake-sleep step is for a CPU, and exact"
+    if on_cuda and not hasattr(_C, "CudaStep"):
         return f"the model is on {program.device}, and this build has no CUDA"
     if program.device.type not in ("cpu", "cuda"):
         return f"the model is on {program.device}"
     if type(getattr(model, "encoder", None)) is not MLPEncoder or type(model.decoder) is not MLPDecoder:
         return "the encoder or the decoder is a module of your own"
-    if on_cuda and model.encoder.logvar_scale != 1:
+    # The bias's gradient is that of the scaled product over the scale.
+    if model.encoder.logvar_scale != 1 and (on_cuda or model.encoder.logvar_scale < 1e-6):
         return f"the encoder has logvar_scale={model.encoder.logvar_scale}"
     if posterior_of(model).name != "gaussian":
         return f"the posterior is {posterior_of(model).name}, not gaussian"

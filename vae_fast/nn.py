@@ -108,6 +108,8 @@ class MLPEncoder(nn.Module):
     logvar = ``logvar_scale`` * W' h + b', where h are the last hidden units.
     """
 
+    logvar_scale: float = 1.0
+
     def __init__(
         self,
         data_dim: int,
@@ -117,6 +119,8 @@ class MLPEncoder(nn.Module):
         logvar_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        if not (math.isfinite(logvar_scale) and logvar_scale > 0):
+            raise ValueError(f"logvar_scale: got {logvar_scale}, wanted a number above 0")
         widths = [data_dim, *hidden_dims]
         self.logvar_scale = logvar_scale
         self.hidden = _hidden_layers(widths, activation)
@@ -249,8 +253,6 @@ class VAE(nn.Module):
                 raise ValueError(f"{name}: got {width}, wanted a positive integer")
         if not (math.isfinite(init_std) and init_std > 0):
             raise ValueError(f"init_std: got {init_std}, wanted a number above 0")
-        if not (math.isfinite(logvar_scale) and logvar_scale > 0):
-            raise ValueError(f"logvar_scale: got {logvar_scale}, wanted a number above 0")
         if POSTERIORS.get(posterior.name) is posterior:
             self.config = {
                 "data_dim": data_dim,

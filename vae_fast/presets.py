@@ -50,8 +50,8 @@ WAKE_SLEEP_LOGVAR_SCALE = 0.1  # of the recognition model that the authors' code
 def paper_mnist(latent_dim: int, *, hidden_dim: int = 500, wake_sleep: bool = False) -> Preset:
     """MNIST: 784-500-latent_dim and back, tanh, Bernoulli; figure 2 has 3, 5, 10, 20 and 200 latents.
 
-    The data are ``datasets.mnist()``. Figure 3 has ``latent_dim=3, hidden_dim=100``. ``wake_sleep`` is the
-    model that the authors trained by wake-sleep: its encoder has ``logvar_scale=0.1``.
+    The data are ``datasets.mnist()``. Figure 3 has ``latent_dim=3, hidden_dim=100`` and ``.but(lr=0.1)``.
+    ``wake_sleep`` is the model that the authors trained by wake-sleep: its encoder has ``logvar_scale=0.1``.
     """
     return _paper(latent_dim, hidden_dim, wake_sleep, data_dim=784, likelihood="bernoulli")
 

@@ -248,6 +248,7 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
     for (size_t i = layers_.size(); i-- > heads_ + 2;) input_gradient(i, batch, layers_[i - 1].grad_out);
     find_zeros(dreamed_x_, batch);
     encode(dreamed_x_, batch);
+    // log q(z'|x') goes to kl_, which has been summed; nobody asks for it.
     cpu::launch(cpu::GaussianLoss{false, fast_, batch, latent, half, batch, heads.out, dreamed_z_,
                                   1.0f / static_cast<float>(batch), network_.logvar_scale, kl_.data()});
   } else {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,11 @@ from ..estimators import CHAIN, Estimate, log_likelihood, log_prior, step_seed
 from ..evaluation import Bound, complete_data
 from ..functional import philox_normal
 from ..nn import VAE
+from ..optim import Adagrad
 from ..trainer import Settings
 from .common import Algorithm, substream
+
+ACCUMULATED_UPDATES = 10
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class MonteCarloEM(Algorithm):
         updates: of the weights, for one transition.
         acceptance: the rate to which the step size is tuned.
         options: as for :class:`vae_fast.Trainer`, with ``order="replacement"``; no ``estimator``,
-            ``num_samples`` or ``beta``. A training is of one array: chains belong to its rows.
+            ``num_samples`` or ``beta``. A training is of one array: chains belong to its rows. Of
+            ``optimizer="adagrad"`` the first 10 updates only accumulate, as in the authors' code.
     """
 
     kind = "vae_fast.MonteCarloEM"
@@ -80,6 +84,9 @@ class MonteCarloEM(Algorithm):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
+        if self.settings.optimizer == "adagrad":
+            for group in cast(Adagrad, self.optimizer).param_groups:
+                group["accumulate_steps"] = ACCUMULATED_UPDATES
         self.settings = MonteCarloEMSettings(
             **asdict(self.settings), leapfrog_steps=leapfrog_steps, updates=updates, acceptance=acceptance
         )
@@ -179,7 +186,8 @@ class _Program(StepProgram):
         )
         # A datapoint drawn twice ran two chains from one place: all keep the first's, so that what is written
         # does not depend on the order of writing.
-        first = (rows.unsqueeze(1) == rows).to(torch.uint8).argmax(dim=1)
+        order = torch.arange(len(rows), device=rows.device)
+        first = order.new_full((len(chains.z),), len(rows)).scatter_reduce(0, rows, order, "amin")[rows]
         chains.z.index_copy_(0, rows, state.z.index_select(0, first))
         chains.step_size.copy_(hmc.tuned(chains.step_size, moved, state, self._settings.acceptance))
         return x, state.z

@@ -51,7 +51,9 @@ class WakeSleep(Algorithm):
 
 
 class _Program(StepProgram):
-    native_step = "wake_sleep"
+    @property
+    def native_step(self) -> str | None:
+        return "wake_sleep" if type(self) is _Program else None
 
     def estimate_batch(self, x: Tensor, seed: int | Tensor) -> Estimate:
         """``objective`` has the wake gradient for the decoder and the sleep gradient for the encoder."""

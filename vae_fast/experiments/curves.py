@@ -1,7 +1,8 @@
 """Training curves that go on where they stopped: what figures 2 to 5 are made of.
 
-A curve is one model, trained by one algorithm on one set of data, and looked at after 10^(k/10) samples. It
-has a folder of its own under ``<out>/curves``, which all figures of that ``out`` share:
+A curve is one model, trained by one algorithm on one set of data, and looked at after 10^(k/10) samples, or
+the whole steps nearest to them. It has a folder of its own under ``<out>/curves``, which all figures of that
+``out`` share:
 
 * ``checkpoint.safetensors``: replaced at every look, and between them every ``SAVE_EVERY`` samples;
 * ``curve.csv``: samples, train, test, a line for every look;
@@ -83,8 +84,8 @@ class Curve:
         batch = self.preset.trainer_options["batch_size"]
         return int(round(samples / (self.passes * batch)) * batch)
 
-    def reached(self, samples: int) -> bool:
-        """Whether whole steps come within a twentieth of so many samples: else there is no point there."""
+    def has_point(self, samples: int) -> bool:
+        """Whether whole steps come within a twentieth of so many samples."""
         return abs(self.datapoints(samples) * self.passes - samples) <= samples / 20
 
 
@@ -168,7 +169,7 @@ def advance(
             _claim(folder, curve, train, seed)
         points = _read_points(folder)
         found[curve.panel, curve.algorithm] = points
-        own = [stop for stop in stops if curve.reached(stop)]
+        own = [stop for stop in stops if curve.has_point(stop)]
         if not draw_only and own and (not points or points[-1].samples < own[-1]):
             jobs.append((curve, folder, train, test, points, own))
     if draw_only and not any(found.values()):
@@ -195,7 +196,7 @@ def settings(curves: Sequence[Curve], out: Path, **how: Any) -> dict[str, Any]:
             continue
         meta = checkpoints.load(folder / CHECKPOINT)[1]
         made[curve.name] = {
-            "samples": meta["samples_seen"],
+            "samples": meta["samples_seen"] * curve.passes,
             "seconds": meta["seconds"],
             "settings": meta["settings"],
             "curve": json.loads((folder / SPEC).read_text(encoding="utf-8")),
@@ -252,9 +253,9 @@ def _train(
             bar.update((trainer.samples_seen - before) * curve.passes)
         if trainer.samples_seen > target:
             raise CurveError(
-                f"{folder}: found a checkpoint at {trainer.samples_seen:,} samples and no point at "
-                f"{target:,}, wanted all points up to it in {POINTS}; remove the folder to train this curve "
-                "anew"
+                f"{folder}: found a checkpoint at {trainer.samples_seen * curve.passes:,} samples and no "
+                f"point at {stop:,}, wanted all points up to it in {POINTS}; remove the folder to train this "
+                "curve anew"
             )
         point = Point(stop, *evaluate(trainer, train, test, _online(trainer, curve.datapoints(done))))
         points.append(point)
