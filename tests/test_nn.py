@@ -98,14 +98,15 @@ def test_the_encoders_log_variance_may_be_scaled():
     torch.testing.assert_close(mu, model.encoder.mu(h))
 
 
-def test_the_papers_initial_values_may_be_wider():
-    narrow, wide = (vf.VAE(12, [9], 3, init_std=std, seed=0) for std in (0.01, 0.1))
+def test_lecuns_initial_values_have_variance_one_over_the_inputs():
+    narrow, wide = (vf.VAE(12, [9], 3, init=init, seed=0) for init in ("paper", "lecun"))
     for (name, a), b in zip(narrow.named_parameters(), wide.parameters(), strict=True):
-        torch.testing.assert_close(10 * a, b, msg=name)
+        factor = 100 / a.shape[1] ** 0.5 if a.dim() == 2 else 1
+        torch.testing.assert_close(factor * a, b, msg=name)
 
 
 def test_from_config_makes_the_same_architecture():
-    how = {"mean_activation": "sigmoid", "logvar_scale": 0.3, "init": "torch", "init_std": 0.2}
+    how = {"mean_activation": "sigmoid", "logvar_scale": 0.3, "init": "torch"}
     model = vf.VAE(12, [9, 5], 3, "gaussian", seed=0, **how)
     assert {name: model.config[name] for name in how} == how
     other = vf.VAE.from_config(model.config)
@@ -138,7 +139,7 @@ def test_any_pair_of_modules_will_do():
         ({"data_dim": 0, "latent_dim": 2}, "data_dim: got 0, wanted a positive integer"),
         ({"data_dim": 4, "latent_dim": 2, "hidden_dims": [3, -1]}, "hidden_dims: got -1"),
         ({"data_dim": 4, "latent_dim": 2, "logvar_scale": 0.0}, "logvar_scale: got 0.0, wanted a number"),
-        ({"data_dim": 4, "latent_dim": 2, "init_std": -1.0}, "init_std: got -1.0, wanted a number above 0"),
+        ({"data_dim": 4, "latent_dim": 2, "init": "he"}, "init: got 'he', wanted one of 'paper', 'lecun'"),
         ({"encoder": nn.Identity()}, "encoder, decoder: got one of them"),
         ({"data_dim": 4, "latent_dim": 2, "activation": "gelu"}, "activation: got 'gelu'"),
     ],
