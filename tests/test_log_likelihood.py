@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from linear_gaussian import LinearGaussian
 from torch import Tensor, nn
 
-from vae_fast import VAE, reference
-from vae_fast.estimators import EVALUATE_IMPORTANCE, step_seed
+from vae_fast import VAE, hmc, reference
+from vae_fast.estimators import EVALUATE_IMPORTANCE, log_prior, step_seed
 from vae_fast.evaluation import bound, figure3_likelihoods, importance_log_likelihood, marginal_likelihood
 
 
@@ -215,6 +216,25 @@ def test_appendix_d_finds_posteriors_that_a_chain_from_the_prior_does_not() -> N
         wanted = (evidence - math.log(1e6)).mean().item()
     assert marginal_likelihood(model, x).mean == pytest.approx(wanted, abs=0.4)
     assert marginal_likelihood(model, x, start="prior").mean < wanted - 2
+
+
+def test_a_chain_that_jumps_between_the_halves_is_not_believed(
+    model: LinearGaussian, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q(z) is 0 where its second half is, and 1 / p(x) would be."""
+    sample, drawn = hmc.sample, []
+
+    def jumping(*args: Any, **how: Any) -> hmc.Samples:
+        samples = sample(*args, **how)
+        samples.z[len(samples.z) // 2 :] += 100
+        drawn.append(samples)
+        return samples
+
+    monkeypatch.setattr(hmc, "sample", jumping)
+    estimates = marginal_likelihood(model, x[:5], burn_in=20).per_datapoint
+    (samples,) = drawn
+    most = (samples.log_density.double() - log_prior(samples.z.double())).amax(dim=0)
+    torch.testing.assert_close(estimates, most)
 
 
 def test_appendix_d_is_the_same_each_time(model: LinearGaussian, x: Tensor) -> None:
