@@ -281,7 +281,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def _init_as_the_paper(self, seed: int | None, *, lecun: bool) -> None:
-        """N(0, 0.01**2) for weights and hidden biases, 0 for q's log-variance layer and output biases."""
+        """N(0, 0.01**2) for weights and hidden biases, 0 for q's log-variance layer and output biases; with
+        ``lecun`` N(0, 1 / inputs) for weights.
+        """
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         for position, (name, parameter) in enumerate(self.named_parameters()):
