@@ -266,8 +266,9 @@ def marginal_likelihood(
     The jackknife takes away a fifth of it at 50 samples and no more, because a few weights q / p carry the
     mean: more samples are the remedy. A chain that never leaves one mode of the posterior misses the others,
     and is below. One that leaves it between the halves finds q(z) = 0, and would be above by thousands of
-    nats: an estimate is cut to the largest log p(x|z_l), which log p(x) cannot exceed. Neighbours in a chain
-    are not independent, so the standard errors are too small.
+    nats: an estimate is cut to the largest log p(x|z_l). For samples of the posterior that is no less than
+    log p(x), which their mean of log p(x|z) exceeds by a divergence. Neighbours in a chain are not
+    independent, so the standard errors are too small.
 
     Args:
         model: a :class:`vae_fast.VAE`, or anything with its ``encoder``, ``decoder`` and ``log_likelihood``.
@@ -307,7 +308,7 @@ def marginal_likelihood(
             half = num_samples // 2
             log_mean = _LogMeanExp()
             log_mean.add(_kernel_density(z[:half])(z[half:]) - log_joint[half:])
-            most = (log_joint - log_prior(z)).amax(dim=0)  # log p(x|z), whose mean over the prior p(x) is
+            most = (log_joint - log_prior(z)).amax(dim=0)  # of log p(x|z)
             estimates.append((-torch.maximum(log_mean.value, -most).cpu(), log_mean.standard_error.cpu()))
             acceptance.append(samples.acceptance.cpu())
     still = int((torch.cat(acceptance) == 0).sum())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from ..estimators import CHAIN, Estimate, log_likelihood, log_prior, step_seed
 from ..evaluation import Bound, complete_data
 from ..functional import philox_normal
 from ..nn import VAE
-from ..optim import Adagrad
 from ..trainer import Settings
 from .common import Algorithm, substream
 
@@ -85,7 +84,7 @@ class MonteCarloEM(Algorithm):
     ) -> None:
         super().__init__(model, **options)
         if self.settings.optimizer == "adagrad":
-            for group in cast(Adagrad, self.optimizer).param_groups:
+            for group in self.optimizer.param_groups:
                 group["accumulate_steps"] = ACCUMULATED_UPDATES
         self.settings = MonteCarloEMSettings(
             **asdict(self.settings), leapfrog_steps=leapfrog_steps, updates=updates, acceptance=acceptance
