@@ -5,8 +5,8 @@ python -m bench.native_step --once                   small networks of every kin
 
 Right: the paper's model on MNIST, exact and fast, against the reference engine in float64 on the same GPU,
 with the same seed, order and noise. The exit status is 1 where `exact` strays by more than 0.05 nat in the
-mean of 100 steps, or two equal runs differ in a bit. Timed is run() as the trainer calls it, copies of rows
-and terms included.
+mean of 100 steps, two equal runs differ in a bit, or a model beside others does from the same model alone.
+Timed is run() as the trainer calls it, copies of rows and terms included.
 """
 
 from __future__ import annotations
@@ -30,63 +30,70 @@ from . import machine
 SEED = 0
 TOLERANCE = 0.05  # nats, of means over 100 steps
 STATES = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2}
-OPTIONS = {"lr": 0.02, "eps": 1e-8, "beta1": 0.9, "beta2": 0.999, "momentum": 0.0, "weight_decay": 0.0}
+OPTIONS = {"eps": 1e-8, "beta1": 0.9, "beta2": 0.999, "momentum": 0.0, "weight_decay": 0.0}
 
 
-def make_step(model: Any, data: Tensor, **given: Any) -> tuple[Any, list[Tensor]]:
-    """A CudaStep of this VAE on a copy of its parameters, and the copy."""
+def make_step(models: Sequence[Any], data: Tensor, **given: Any) -> tuple[Any, list[Tensor]]:
+    """A CudaStep of VAEs that are alike on copies of their parameters, and the copies."""
     from vae_fast import _C
 
-    parameters = [p.detach().to(data.device, torch.float32, copy=True) for p in model.parameters()]
     optimizer = given.get("optimizer", "adagrad")
+    lr = given.pop("lr", 0.02)
+    trained = []
+    for model in models:
+        parameters = [p.detach().to(data.device, torch.float32, copy=True) for p in model.parameters()]
+        states = [[torch.zeros_like(p) for p in parameters] for _ in range(STATES[optimizer])]
+        own = {"latent_dim": model.latent_dim, "beta": 1.0, "lr": lr}
+        trained.append({**own, "parameters": parameters, "states": states})
+    model = models[0]
     widths = {
         half: [layer.out_features for layer in net.hidden if isinstance(layer, torch.nn.Linear)]
         for half, net in (("encoder", model.encoder), ("decoder", model.decoder))
     }
     arguments: dict[str, Any] = {
         "data_dim": model.data_dim,
-        "latent_dim": model.latent_dim,
         "encoder_hidden": widths["encoder"],
         "decoder_hidden": widths["decoder"],
         "activation": model.config["activation"],
         "likelihood": model.likelihood + ("_sigmoid_mean" if model.config["mean_activation"] else ""),
         "estimator": "sgvb_b",
         "num_samples": 1,
-        "beta": 1.0,
         "weight_prior": 0.0,
         "optimizer": optimizer,
         "options": {**OPTIONS, "accumulate_steps": 100},
         "precision": "exact",
-        "parameters": parameters,
-        "states": [[torch.zeros_like(p) for p in parameters] for _ in range(STATES[optimizer])],
+        "models": trained,
         "data": data,
         "packed": False,
         "dynamic": False,
         "scale": 1 / 255,
         "batch_size": 100,
     }
-    return _C.CudaStep(**{**arguments, **given}), parameters
+    return _C.CudaStep(**{**arguments, **given}), [p for own in trained for p in own["parameters"]]
 
 
-def steps_of(count: int, batch_size: int, first: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, sizes and seeds of n steps."""
+def steps_of(
+    count: int, batch_size: int, first: int, n: int, models: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, sizes and seeds of n steps of each model, whose seeds are SEED, SEED + 1, ..."""
     from vae_fast.batches import MinibatchOrder
     from vae_fast.estimators import BINARISE, NOISE, step_seed
 
-    order = MinibatchOrder(count, batch_size, SEED)
-    steps = range(first, first + n)
-    seeds = [[step_seed(SEED, step, stream) for stream in (NOISE, BINARISE)] for step in steps]
-    return (
-        torch.from_numpy(order.rows(first, n)),
-        torch.from_numpy(order.sizes(first, n)),
-        torch.tensor(seeds, dtype=torch.int64),
-    )
+    found = []
+    for seed in range(SEED, SEED + models):
+        order = MinibatchOrder(count, batch_size, seed)
+        steps = range(first, first + n)
+        seeds = [[step_seed(seed, step, stream) for stream in (NOISE, BINARISE)] for step in steps]
+        parts = order.rows(first, n), order.sizes(first, n), seeds
+        found.append([torch.as_tensor(part, dtype=torch.int64) for part in parts])
+    rows, sizes, seeds_of_all = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return rows, sizes, seeds_of_all
 
 
-def paper_model(hidden: int = 500) -> Any:
+def paper_model(hidden: int = 500, latent: int = 20) -> Any:
     import vae_fast as vf
 
-    return vf.VAE(data_dim=784, hidden_dims=[hidden], latent_dim=20, likelihood="bernoulli", seed=SEED)
+    return vf.VAE(data_dim=784, hidden_dims=[hidden], latent_dim=latent, likelihood="bernoulli", seed=SEED)
 
 
 def check(data: Tensor, n: int) -> dict[str, float]:
@@ -108,26 +115,48 @@ def check(data: Tensor, n: int) -> dict[str, float]:
     for precision in ("exact", "fast"):
         runs = []
         for _ in range(2):
-            step, parameters = make_step(paper_model(), data, precision=precision)
-            runs.append([step.run(*steps_of(len(data), 100, 0, n), 0), *(p.cpu() for p in parameters)])
+            step, parameters = make_step([paper_model()], data, precision=precision)
+            terms = step.run(*steps_of(len(data), 100, 0, n), [0])[0]
+            runs.append([terms, *(p.cpu() for p in parameters)])
         means = (runs[0][0].double() - wanted).reshape(-1, min(n, 100), 3).mean(dim=1)
         same = all(torch.equal(*pair) for pair in zip(*runs, strict=True))
         found[precision] = float(means.abs().max()) if same else math.nan
     return found
 
 
-def measure(data: Tensor, hidden: int, batch_size: int, precision: str, seconds: float) -> dict[str, Any]:
-    """Microseconds per step of calls of run(), the first one left out: it captures graphs."""
-    n = max(50, 100_000 // batch_size)
-    step, _ = make_step(paper_model(hidden), data, precision=precision, batch_size=batch_size, most_steps=n)
-    steps = steps_of(len(data), batch_size, 0, n)
-    terms = step.run(*steps, 0)
+def side_by_side(data: Tensor, n: int) -> list[str]:
+    """Models of several numbers of latents, trained side by side: those whose bits differ from alone."""
+    models = [paper_model(latent=latent) for latent in (20, 3, 200)]
+    steps = steps_of(len(data), 100, 0, n, len(models))
+    together, parameters = make_step(models, data)
+    terms = together.run(*steps, [0] * len(models))
+    each = len(parameters) // len(models)
+    differ = []
+    for m, model in enumerate(models):
+        step, own = make_step([model], data)
+        same = torch.equal(step.run(*(part[m : m + 1] for part in steps), [0])[0], terms[m])
+        pairs = zip(own, parameters[m * each : (m + 1) * each], strict=True)
+        if not same or not all(torch.equal(*pair) for pair in pairs):
+            differ.append(f"{model.latent_dim} latents")
+    return differ
+
+
+def measure(
+    data: Tensor, hidden: int, batch_size: int, precision: str, seconds: float, models: int = 1
+) -> dict[str, Any]:
+    """Microseconds per step of a model, of calls of run(), the first one left out: it captures graphs."""
+    n = max(50, 100_000 // batch_size // models)
+    step, _ = make_step(
+        [paper_model(hidden)] * models, data, precision=precision, batch_size=batch_size, most_steps=n
+    )
+    steps = steps_of(len(data), batch_size, 0, n, models)
+    terms = step.run(*steps, [0] * models)
     times: list[float] = []
     begin = time.perf_counter()
     for call in itertools.count(1):
         start = time.perf_counter()
-        terms = step.run(*steps, call * n)
-        times.append((time.perf_counter() - start) / n * 1e6)
+        terms = step.run(*steps, [call * n] * models)
+        times.append((time.perf_counter() - start) / (n * models) * 1e6)
         if len(times) >= 5 and time.perf_counter() - begin > seconds:
             break
     assert terms.isfinite().all()
@@ -135,6 +164,7 @@ def measure(data: Tensor, hidden: int, batch_size: int, precision: str, seconds:
         "hidden": hidden,
         "batch_size": batch_size,
         "precision": precision,
+        "models": models,
         "us_per_step": round(statistics.median(times), 2),
         "least": round(min(times), 2),
         "most": round(max(times), 2),
@@ -165,17 +195,19 @@ def once(device: torch.device) -> int:
         optimizer = tuple(STATES)[done % len(STATES)]
         values = torch.randint(0, 256, (23, 29), dtype=torch.uint8, device=device)
         step, parameters = make_step(
-            model,
+            [model] if done % 4 else [model, model],
             values,
             precision=precision,
             num_samples=samples,
             estimator=("sgvb_a", "sgvb_b")[done % 2],
             optimizer=optimizer,
-            options={**OPTIONS, "lr": 0.001},
+            options=OPTIONS,
+            lr=0.001,
             dynamic=likelihood == "bernoulli",
             batch_size=9 if done % 3 else 23,
         )
-        terms = step.run(*steps_of(23, 9 if done % 3 else 23, 0, 5), 0)
+        count = 1 if done % 4 else 2
+        terms = step.run(*steps_of(23, 9 if done % 3 else 23, 0, 5, count), [0] * count)
         assert terms.isfinite().all() and all(p.isfinite().all() for p in parameters)
         done += 1
     return done
@@ -202,7 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     train, _ = vf.datasets.mnist()
     data = torch.as_tensor(train).reshape(len(train), 784).to(device)
     strays = check(data, 300 if arguments.quick else 600)
-    right = strays["exact"] <= TOLERANCE and not math.isnan(strays["fast"])
+    differ = side_by_side(data, 100)
+    right = strays["exact"] <= TOLERANCE and not math.isnan(strays["fast"]) and not differ
     lines = [torch.cuda.get_device_name()]
     lines += [
         f"{name}: at most {stray:.4f} nat from float64 in the mean of 100 steps"
@@ -210,16 +243,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         else f"{name}: two equal runs differ"
         for name, stray in strays.items()
     ]
+    lines.append(f"side by side, bits that differ from alone: {', '.join(differ) or 'none'}")
     measured = []
-    lines.append(f"\n{'hidden':>6} {'batch':>6} {'precision':>9}  us per step (median, least, most)")
-    shapes = itertools.product(
-        (500,) if arguments.quick else (500, 2000), (100, 1000, 8192), ("exact", "fast")
+    lines.append(
+        f"\n{'models':>6} {'hidden':>6} {'batch':>6} {'precision':>9}"
+        "  us per step of a model (median, least, most)"
     )
-    for hidden, batch_size, precision in shapes:
-        found = measure(data, hidden, batch_size, precision, 1.0)
+    hiddens = (500,) if arguments.quick else (500, 2000)
+    shapes = [(1, *shape) for shape in itertools.product(hiddens, (100, 1000, 8192), ("exact", "fast"))]
+    shapes += [(models, 500, 100, precision) for models in (8, 32) for precision in ("exact", "fast")]
+    for models, hidden, batch_size, precision in shapes:
+        found = measure(data, hidden, batch_size, precision, 1.0, models)
         measured.append(found)
         lines.append(
-            f"{hidden:>6} {batch_size:>6} {precision:>9}  "
+            f"{models:>6} {hidden:>6} {batch_size:>6} {precision:>9}  "
             f"{found['us_per_step']:.2f}, {found['least']:.2f}, {found['most']:.2f}"
         )
     text = "\n".join(lines) + "\n"
@@ -228,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         facts = machine.describe(" ".join(["python -m bench.native_step", *argv]))
         facts |= {"gpu": torch.cuda.get_device_name(), "nats_from_float64": strays, "steps": measured}
+        facts["differ_side_by_side"] = differ
         (arguments.out / "native_step.txt").write_text(text, encoding="utf-8")
         (arguments.out / "native_step.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return int(not right)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ OPTIMIZERS = ("sgd", "adagrad", "adam", "adamw")
 PRECISIONS = ("exact", "fast")
 DTYPES = {"f32": 0, "u8": 4, "bits": 5}
 OPTIONS = {
-    "lr": 0.0,
     "eps": 0.0,
     "beta1": 0.0,
     "beta2": 0.0,
@@ -79,18 +79,28 @@ class Description(ctypes.Structure):
     """The struct of the same name in engine.cpp."""
 
     _fields_ = (
-        *((name, INT) for name in ("data_dim", "latent_dim", "encoder_layers", "decoder_layers")),
+        *((name, INT) for name in ("data_dim", "encoder_layers", "decoder_layers")),
         *((name, POINTER) for name in ("encoder_hidden", "decoder_hidden")),
         *((name, INT) for name in ("activation", "likelihood", "estimator", "num_samples", "precision")),
-        *((name, REAL) for name in ("beta", "weight_prior")),
+        ("weight_prior", REAL),
         ("optimizer", INT),
         *((name, REAL) for name in OPTIONS if name != "accumulate_steps"),
         *((name, INT) for name in ("accumulate_steps", "data_dtype", "dynamic", "data_rows", "data_bytes")),
         ("scale", REAL),
         ("data", POINTER),
-        *((name, INT) for name in ("most_size", "most_steps", "multiprocessors", "n_parameters")),
-        *((name, POINTER) for name in ("counts", "parameters")),
+        *((name, INT) for name in ("most_size", "most_steps", "multiprocessors", "n_models", "n_parameters")),
+        *((name, POINTER) for name in ("latents", "betas", "lrs", "counts", "parameters")),
     )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One of the models that an engine trains side by side."""
+
+    latent_dim: int
+    beta: float
+    lr: float
+    parameters: Sequence[NDArray[np.float32]]
 
 
 class EmulatedEngine:
@@ -100,14 +110,13 @@ class EmulatedEngine:
         self,
         library: ctypes.CDLL,
         *,
-        latent_dim: int,
+        models: Sequence[Trained],
         encoder_hidden: Sequence[int],
         decoder_hidden: Sequence[int],
         activation: str,
         likelihood: str,
         estimator: str,
         num_samples: int,
-        beta: float,
         weight_prior: float,
         optimizer: str,
         options: Mapping[str, Any],
@@ -120,11 +129,12 @@ class EmulatedEngine:
         most_size: int,
         most_steps: int,
         multiprocessors: int,
-        parameters: Sequence[NDArray[np.float32]],
     ) -> None:
         self._library = library
-        self.shapes = [parameter.shape for parameter in parameters]
-        flat = [np.ascontiguousarray(parameter, dtype=np.float32) for parameter in parameters]
+        self.shapes = [[parameter.shape for parameter in model.parameters] for model in models]
+        flat = [np.ascontiguousarray(p, dtype=np.float32) for model in models for p in model.parameters]
+        latents = np.array([model.latent_dim for model in models], dtype=np.int64)
+        betas, lrs = np.array([model.beta for model in models]), np.array([model.lr for model in models])
         encoder = np.array(encoder_hidden, dtype=np.int64)
         decoder = np.array(decoder_hidden, dtype=np.int64)
         counts = np.array([parameter.size for parameter in flat], dtype=np.int64)
@@ -132,7 +142,6 @@ class EmulatedEngine:
         values = np.ascontiguousarray(data)
         described = Description(
             data_dim=data_dim,
-            latent_dim=latent_dim,
             encoder_layers=len(encoder),
             decoder_layers=len(decoder),
             encoder_hidden=encoder.ctypes.data,
@@ -142,7 +151,6 @@ class EmulatedEngine:
             estimator=ESTIMATORS.index(estimator),
             num_samples=num_samples,
             precision=PRECISIONS.index(precision),
-            beta=beta,
             weight_prior=weight_prior,
             optimizer=OPTIMIZERS.index(optimizer),
             data_dtype=DTYPES[data_dtype],
@@ -154,7 +162,11 @@ class EmulatedEngine:
             most_size=most_size,
             most_steps=most_steps,
             multiprocessors=multiprocessors,
-            n_parameters=len(flat),
+            n_models=len(models),
+            n_parameters=len(flat) // len(models),
+            latents=latents.ctypes.data,
+            betas=betas.ctypes.data,
+            lrs=lrs.ctypes.data,
             counts=counts.ctypes.data,
             parameters=ctypes.cast(pointers, ctypes.c_void_p),
             **{**OPTIONS, **options},
@@ -165,30 +177,33 @@ class EmulatedEngine:
     def run(
         self, rows: NDArray[np.int64], sizes: NDArray[np.int64], seeds: NDArray[np.int64]
     ) -> NDArray[np.float32]:
+        """The terms of the steps; of several models all arrays begin with an axis of models."""
         rows, sizes, seeds = (np.ascontiguousarray(a, dtype=np.int64) for a in (rows, sizes, seeds))
-        terms = np.full((len(sizes), 3), np.nan, dtype=np.float32)
+        terms = np.full((*sizes.shape, 3), np.nan, dtype=np.float32)
         pointers = [ctypes.c_void_p(a.ctypes.data) for a in (rows, sizes, seeds, terms)]
         error = self._library.engine_run(
             self._handle,
             pointers[0],
-            INT(rows.shape[1]),
+            INT(rows.shape[-1]),
             pointers[1],
             pointers[2],
-            INT(len(sizes)),
+            INT(sizes.shape[-1]),
             INT(self._updates),
             pointers[3],
         )
         assert error == 0
-        self._updates += len(sizes)
+        self._updates += sizes.shape[-1]
         return terms
 
-    def parameters(self, which: int = 0) -> list[NDArray[np.float32]]:
-        """The parameters, or state number 1 or 2 of each."""
+    def parameters(self, which: int = 0, model: int = 0) -> list[NDArray[np.float32]]:
+        """The parameters of a model, or state number 1 or 2 of each."""
         found = []
-        for index, shape in enumerate(self.shapes):
+        for index, shape in enumerate(self.shapes[model]):
             values = np.empty(shape, dtype=np.float32)
             pointer = ctypes.c_void_p(values.ctypes.data)
-            self._library.engine_parameter(self._handle, INT(index), INT(which), INT(values.size), pointer)
+            self._library.engine_parameter(
+                self._handle, INT(model), INT(index), INT(which), INT(values.size), pointer
+            )
             found.append(values)
         return found
 

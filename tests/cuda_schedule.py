@@ -119,7 +119,7 @@ class Twin:
         memory, (weights, biases, out) = self.memory, self.layer(half, i)
         cols, ks = self.matrix(weights).shape
         reads, writes = {source, *weights, *biases}, {out}
-        tile = self.tile(rows, cols)
+        tile = TILES["Narrow"] if out == "encoder.heads" else self.tile(rows, cols)
         if out == "encoder.heads":
             reads, writes = reads | {"eps"}, {out, "z", "kl_parts"}
         elif out == "decoder.output":
@@ -234,7 +234,7 @@ class Twin:
         return Launch(
             "backward z",
             (size, cols, 0),
-            self.tile(size, cols),
+            TILES["Narrow"],
             lambda r, k: np.zeros((r.stop - r.start, 0)),
             lambda c, k: np.zeros((c.stop - c.start, 0)),
             epilogue,
@@ -309,7 +309,7 @@ class Twin:
                 shapes[out] = shapes[f"grad {out}"] = (rows[half], cols)
                 if out == "encoder.heads":
                     shapes["z"] = (rows["decoder"], cols // 2)
-                    shapes["kl_parts"] = (-(-cols // self.tile(size, cols)[1]), size)
+                    shapes["kl_parts"] = (-(-cols // TILES["Narrow"][1]), size)
                 if out == "decoder.output":
                     shapes["ll_parts"] = (-(-cols // self.tile(rows[half], cols)[1]), rows[half])
         del shapes["decoder.output"]  # the logits are never stored

@@ -4,14 +4,14 @@ buffer by buffer and step by step against the reference engine in float64."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cuda_engine import EmulatedEngine, compile_engine
+from cuda_engine import EmulatedEngine, Trained, compile_engine
 from cuda_schedule import Twin
 from cuda_schedule import run as run_twin
 from numpy.typing import NDArray
@@ -198,22 +198,27 @@ class Reference:
 
 
 def engine_of(
-    library: ctypes.CDLL, case: Case, most_steps: int = 3, weights: list[NDArray[np.float32]] | None = None
+    library: ctypes.CDLL,
+    case: Case,
+    most_steps: int = 3,
+    weights: list[NDArray[np.float32]] | None = None,
+    models: list[Trained] | None = None,
 ) -> EmulatedEngine:
     prepared, values = data_of(case)
     options = {"eps": 1e-8, **case.options}
+    weights = weights or [p.detach().numpy() for p in model_of(case).parameters()]
+    model = Trained(case.latent_dim, case.beta, options.pop("lr"), weights)
     options["beta1"], options["beta2"] = options.pop("betas", (0.9, 0.999))
     likelihood = case.likelihood + ("_sigmoid_mean" if case.mean_activation else "")
     return EmulatedEngine(
         library,
-        latent_dim=case.latent_dim,
+        models=models or [model],
         encoder_hidden=case.encoder_hidden,
         decoder_hidden=case.decoder_hidden,
         activation=case.activation,
         likelihood=likelihood,
         estimator=case.estimator,
         num_samples=case.num_samples,
-        beta=case.beta,
         weight_prior=1 / case.count if case.weight_prior else 0.0,
         optimizer=case.optimizer,
         options=options,
@@ -226,13 +231,12 @@ def engine_of(
         most_size=min(case.batch_size, case.count),
         most_steps=most_steps,
         multiprocessors=case.multiprocessors,
-        parameters=weights or [p.detach().numpy() for p in model_of(case).parameters()],
     )
 
 
-def schedule_of(source: ArraySource, first: int, n: int) -> tuple[NDArray[np.int64], ...]:
+def schedule_of(source: ArraySource, first: int, n: int, seed: int = SEED) -> tuple[NDArray[np.int64], ...]:
     seeds = [
-        [step_seed(SEED, step, stream) for stream in (NOISE, BINARISE)] for step in range(first, first + n)
+        [step_seed(seed, step, stream) for stream in (NOISE, BINARISE)] for step in range(first, first + n)
     ]
     return source.rows(first, n), source.sizes(first, n), np.array(seeds, dtype=np.int64)
 
@@ -282,33 +286,45 @@ def test_every_buffer_of_a_step_is_that_of_the_reference(
 class DeviceEngine:
     """vae_fast._C.CudaStep on a GPU, with the methods of EmulatedEngine that the steps' tests use."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, cases: Sequence[Case]) -> None:
+        """Of several cases, which may differ in latents, beta and lr, the models are trained side by side."""
         from vae_fast import _C
 
+        case = cases[0]
         prepared, values = data_of(case)
         options = {"eps": 1e-8, **case.options}
+        del options["lr"]
         options["beta1"], options["beta2"] = options.pop("betas", (0.9, 0.999))
         device = torch.device("cuda")
-        parameters = [p.detach().to(device, copy=True) for p in model_of(case).parameters()]
         count = {"sgd": int("momentum" in options), "adagrad": 1}.get(case.optimizer, 2)
-        self._tensors = [parameters, *([torch.zeros_like(p) for p in parameters] for _ in range(count))]
+        self._tensors, models = [], []
+        for each in cases:
+            parameters = [p.detach().to(device, copy=True) for p in model_of(each).parameters()]
+            states = [[torch.zeros_like(p) for p in parameters] for _ in range(count)]
+            self._tensors.append([parameters, *states])
+            models.append(
+                {
+                    "latent_dim": each.latent_dim,
+                    "beta": each.beta,
+                    "lr": each.options["lr"],
+                    "parameters": parameters,
+                    "states": states,
+                }
+            )
         self._updates = 0
         self._step = _C.CudaStep(
             data_dim=case.data_dim,
-            latent_dim=case.latent_dim,
             encoder_hidden=list(case.encoder_hidden),
             decoder_hidden=list(case.decoder_hidden),
             activation=case.activation,
             likelihood=case.likelihood + ("_sigmoid_mean" if case.mean_activation else ""),
             estimator=case.estimator,
             num_samples=case.num_samples,
-            beta=case.beta,
             weight_prior=1 / case.count if case.weight_prior else 0.0,
             optimizer=case.optimizer,
             options=options,
             precision=case.precision,
-            parameters=parameters,
-            states=self._tensors[1:],
+            models=models,
             data=torch.from_numpy(values).to(device),
             packed=case.data_dtype == "bits",
             dynamic=case.kind == "dynamic",
@@ -318,13 +334,16 @@ class DeviceEngine:
         )
 
     def run(self, *steps: NDArray[np.int64]) -> NDArray[np.float32]:
-        terms = self._step.run(*(torch.from_numpy(array) for array in steps), self._updates)
-        self._updates += len(terms)
-        found: NDArray[np.float32] = terms.numpy()
+        """As EmulatedEngine's: of several models all arrays begin with an axis of models."""
+        one = len(self._tensors) == 1
+        given = [torch.from_numpy(array[None] if one else array) for array in steps]
+        terms = self._step.run(*given, [self._updates] * len(self._tensors))
+        self._updates += terms.shape[1]
+        found: NDArray[np.float32] = (terms[0] if one else terms).numpy()
         return found
 
-    def parameters(self, which: int = 0) -> list[NDArray[np.float32]]:
-        return [tensor.cpu().numpy() for tensor in self._tensors[which]]
+    def parameters(self, which: int = 0, model: int = 0) -> list[NDArray[np.float32]]:
+        return [tensor.cpu().numpy() for tensor in self._tensors[model][which]]
 
 
 def assert_steps_of_the_reference(engine: EmulatedEngine | DeviceEngine, case: Case) -> None:
@@ -360,7 +379,66 @@ def test_steps_leave_what_the_reference_leaves(
 @pytest.mark.parametrize("name", [*CASES, *FAST])
 def test_steps_on_a_gpu_leave_what_the_reference_leaves(name: str) -> None:
     case = {**CASES, **FAST}[name]
-    assert_steps_of_the_reference(DeviceEngine(case), case)
+    assert_steps_of_the_reference(DeviceEngine([case]), case)
+
+
+SWEPT = ("three samples", "SGVB-A, three samples", "Gaussian straight from z", "large tiles")
+SWEPT += ("no hidden layers", "dynamic", "SGD with momentum", "AdamW")
+
+
+def swept(name: str) -> list[Case]:
+    """Models to be trained side by side: other latents, more and fewer than a tile has, beta and lr."""
+    case = CASES[name]
+    lr = case.options["lr"]
+    rates = (lr, lr, lr) if case.optimizer == "adamw" else (lr, lr / 2, lr / 3)
+    kinds = zip((case.latent_dim, case.latent_dim + 17, 1), (case.beta, 0.5, 2.0), rates, strict=True)
+    return [
+        replace(case, latent_dim=z, beta=beta, options={**case.options, "lr": lr}) for z, beta, lr in kinds
+    ]
+
+
+def source_of(case: Case, seed: int) -> ArraySource:
+    return ArraySource(
+        data_of(case)[0], batch_size=case.batch_size, seed=seed, order="shuffle", device=torch.device("cpu")
+    )
+
+
+def assert_side_by_side_as_alone(together: Any, alone: Sequence[Any], cases: Sequence[Case]) -> None:
+    steps = [schedule_of(source_of(case, seed), 0, 5, seed) for seed, case in enumerate(cases)]
+    terms = together.run(*(np.stack(arrays) for arrays in zip(*steps, strict=True)))
+    assert np.isfinite(terms).all()
+    for model, engine in enumerate(alone):
+        np.testing.assert_array_equal(terms[model], engine.run(*steps[model]))
+        for which in range(1 if cases[0].optimizer == "sgd" and "momentum" not in cases[0].options else 2):
+            ours = together.parameters(which, model)
+            for one, other in zip(ours, engine.parameters(which), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_models_side_by_side_have_the_bits_of_each_alone(
+    library: ctypes.CDLL, made: list[EmulatedEngine], name: str
+) -> None:
+    cases = swept(name)
+    models = [
+        Trained(
+            case.latent_dim,
+            case.beta,
+            case.options["lr"],
+            [p.detach().numpy() for p in model_of(case).parameters()],
+        )
+        for case in cases
+    ]
+    made += [engine_of(library, cases[0], models=models), *(engine_of(library, case) for case in cases)]
+    assert_side_by_side_as_alone(made[0], made[1:], cases)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", SWEPT)
+def test_models_side_by_side_on_a_gpu_have_the_bits_of_each_alone(name: str) -> None:
+    cases = swept(name)
+    assert_side_by_side_as_alone(DeviceEngine(cases), [DeviceEngine([case]) for case in cases], cases)
 
 
 @pytest.mark.parametrize("name", ["three samples", "large tiles, Gaussian"])

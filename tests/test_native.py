@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from vae_fast import _C, datasets
 from vae_fast.algorithms import wake_sleep
 from vae_fast.batches import ArraySource, StreamSource
 from vae_fast.engines import AutogradEngine, Plan, StepProgram, make_engine
-from vae_fast.native import NativeEngine
+from vae_fast.native import NativeEngine, run_together
 from vae_fast.optim import Adagrad, make_optimizer
 
 CPU = torch.device("cpu")
@@ -48,6 +48,7 @@ def train(
     lr: float = 0.02,
     options: dict[str, Any] | None = None,
     algorithm: type[StepProgram] = StepProgram,
+    seed: int = 7,
     **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor], AutogradEngine]:
     """The terms of some steps, and everything that they changed."""
@@ -63,7 +64,7 @@ def train(
     made = make_optimizer(optimizer, vae.parameters(), lr, **options)
     prepared = datasets.prepare(x, likelihood=vae.likelihood, targets=targets)
     source = ArraySource(prepared, batch_size=batch, seed=5, order=order, device=CPU)
-    plan = Plan(7, **settings)
+    plan = Plan(seed, **settings)
     engine, _ = make_engine(name, vae, made, source, plan, CPU, algorithm, precision=precision)
     terms = engine.run(steps)
     state = engine.snapshot().tensors
@@ -281,17 +282,34 @@ class StandIn:
 
     made = 0
 
-    def __init__(self, *, batch_size: int, most_steps: int, **given: Any) -> None:
+    def __init__(
+        self,
+        *,
+        models: Sequence[Mapping[str, Any]],
+        options: dict[str, float],
+        batch_size: int,
+        most_steps: int,
+        **given: Any,
+    ) -> None:
         StandIn.made += 1
-        network = ("data_dim", "encoder_hidden", "latent_dim", "decoder_hidden", "activation", "likelihood")
-        objective = ("estimator", "num_samples", "beta", "weight_prior", "precision")
-        self._step = _C.CpuStep(**{name: given.pop(name) for name in (*network, *objective)})
-        self._given, self._room = given, (most_steps, batch_size)
+        network = ("data_dim", "encoder_hidden", "decoder_hidden", "activation", "likelihood")
+        objective = ("estimator", "num_samples", "weight_prior", "precision")
+        common = {name: given.pop(name) for name in (*network, *objective)}
+        assert "lr" not in options
+        self._models = []
+        for model in models:
+            own = {name: model[name] for name in ("parameters", "states")}
+            step = _C.CpuStep(**common, latent_dim=model["latent_dim"], beta=model["beta"])
+            self._models.append((step, {**given, **own, "options": {**options, "lr": model["lr"]}}))
+        self._room = (most_steps, batch_size)
 
-    def run(self, rows: Tensor, sizes: Tensor, seeds: Tensor, updates: int) -> Tensor:
-        assert rows.shape[0] <= self._room[0] and rows.shape[1] <= self._room[1]
-        how = {"rows": rows, "sizes": sizes, "seeds": seeds, "updates": updates}
-        return _C.run([self._step.prepare(**self._given, **how)])[0]
+    def run(self, rows: Tensor, sizes: Tensor, seeds: Tensor, updates: Sequence[int]) -> Tensor:
+        assert rows.shape[1] <= self._room[0] and rows.shape[2] <= self._room[1]
+        terms = []
+        for m, (step, given) in enumerate(self._models):
+            how = {"rows": rows[m], "sizes": sizes[m], "seeds": seeds[m], "updates": updates[m]}
+            terms += _C.run([step.prepare(**given, **how)])
+        return torch.stack(terms)
 
 
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam", "sgd"])
@@ -313,6 +331,47 @@ def test_on_cuda_the_step_is_made_once_and_again_where_something_moved(
     engine._program.optimizer.param_groups[0]["lr"] = 2e-3
     engine.run(1)
     assert StandIn.made == 3
+
+
+def test_on_cuda_models_that_are_alike_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "CudaStep", StandIn, raising=False)
+    x = pixels()
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"seed": 5},
+        {"lr": 3e-3},
+        {"beta": 2.0},
+        {"latent_dim": 9},
+        {"optimizer": "adam"},
+        {"optimizer": "adam", "lr": 3e-3},
+        {"optimizer": "adamw", "options": {"weight_decay": 0.1}},
+        {"optimizer": "adamw", "options": {"weight_decay": 0.1}, "lr": 3e-3},  # on its own
+        {"hidden_dims": [70, 41]},  # likewise
+        {"data": x.clone()},  # likewise
+    ]
+
+    def engines() -> list[NativeEngine]:
+        made = []
+        for kind in kinds:
+            engine = train("native", steps=2, **{"lr": 1e-3, "data": x, **kind})[2]
+            assert isinstance(engine, NativeEngine)
+            engine._on_cuda = True
+            made.append(engine)
+        return made
+
+    alone, together = engines(), engines()
+    wanted = [engine.run(3) for engine in alone]
+    StandIn.made = 0
+    n_steps = [3] * len(kinds)
+    found = run_together(together, n_steps)
+    assert StandIn.made == 6
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(run_together(together, n_steps), [engine.run(3) for engine in alone], strict=True):
+        assert torch.equal(one, other)
+    assert StandIn.made == 6
+    run_together(together[:2], [2, 1])  # other steps at once: not the same launches
+    assert StandIn.made == 8
 
 
 # --- what it does not take --------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -45,20 +46,17 @@ class CudaStep:
         self,
         *,
         data_dim: int,
-        latent_dim: int,
         encoder_hidden: Sequence[int],
         decoder_hidden: Sequence[int],
         activation: str,
         likelihood: str,
         estimator: str,
         num_samples: int,
-        beta: float,
         weight_prior: float,
         optimizer: str,
         options: dict[str, float],
         precision: str,
-        parameters: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
+        models: Sequence[Mapping[str, Any]],
         data: Tensor,
         packed: bool,
         dynamic: bool,
@@ -66,6 +64,6 @@ class CudaStep:
         batch_size: int,
         most_steps: int,
     ) -> None: ...
-    def run(self, rows: Tensor, sizes: Tensor, seeds: Tensor, updates: int) -> Tensor: ...
+    def run(self, rows: Tensor, sizes: Tensor, seeds: Tensor, updates: Sequence[int]) -> Tensor: ...
 
 def run(runs: Sequence[Run]) -> list[Tensor]: ...

@@ -135,10 +135,7 @@ class NativeEngine(AutogradEngine):
         self._step = None
         if not self._on_cuda:
             self._step = _C.CpuStep(**self._network, logvar_scale=model.encoder.logvar_scale)
-        self._cuda_step: Any = None
-        self._made_for: Any = None  # what the step on CUDA was made for, and holds on to
-        self._values = torch.empty(0)
-        self._room = (0, 0)  # datapoints of a minibatch, steps
+        self._cuda_steps = _CudaSteps()
 
     @property
     def note(self) -> str:
@@ -153,11 +150,7 @@ class NativeEngine(AutogradEngine):
         return "bfloat16 products, emulated in float32: no faster than 'exact' on this processor"
 
     def run(self, n_steps: int) -> Tensor:
-        if not self._on_cuda:
-            return run_together([self], [n_steps])[0]
-        terms = self._run_on_cuda(n_steps)
-        self.count(n_steps)
-        return terms
+        return run_together([self], [n_steps])[0]
 
     def prepare(self, n_steps: int) -> _C.Run:
         """The next steps, checked and ready to be run on the CPU."""
@@ -180,35 +173,23 @@ class NativeEngine(AutogradEngine):
             updates=int(counters[0]) if counters else 0,
         )
 
-    def _run_on_cuda(self, n_steps: int) -> Tensor:
-        """The next steps, by a ``CudaStep`` that is made anew where what it holds on to has moved."""
-        rows, sizes, seeds = self._minibatches(n_steps)
-        states, counters = self._states()
-        parameters, options = [p.detach() for p in self._parameters], self._options()
-        data = self._program.source.data
-        if self._values.data_ptr() != data.values.data_ptr():  # a stream writes its data in place
-            self._values = _values(data)
-        tensors = [self._values, *parameters, *(tensor for state in states for tensor in state)]
-        needs = (options, [t.data_ptr() for t in tensors])
-        outgrown = rows.shape[1] > self._room[0] or n_steps > self._room[1]
-        if outgrown or needs != self._made_for:
-            self._room = (max(rows.shape[1], self._room[0]), max(n_steps, self.chunk_steps, self._room[1]))
-            self._cuda_step = _C.CudaStep(
-                **self._network,
-                optimizer=self._kind,
-                options=options,
-                parameters=parameters,
-                states=states,
-                data=self._values,
-                packed=False,
-                dynamic=data.kind == "dynamic",
-                scale=1 / data.scale,
-                batch_size=self._room[0],
-                most_steps=self._room[1],
-            )
-            self._made_for = needs
-        terms: Tensor = self._cuda_step.run(rows, sizes, seeds, int(counters[0]) if counters else 0)
-        return terms
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What engines on CUDA must have in common so that their models can be trained side by side."""
+        data, group = self._program.source.data, self._program.optimizer.param_groups[0]
+        network = {**self._network, "latent_dim": None, "beta": None}
+        options = self._options()
+        if self._kind != "adamw" or not group["weight_decay"]:  # its decay goes by its lr
+            del options["lr"]
+        return (
+            str(network),
+            self._kind,
+            str(options),
+            str(self._program.device),
+            data.values.data_ptr(),
+            data.kind,
+            data.scale,
+        )
 
     def _minibatches(self, n_steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, sizes, seeds) of the next steps, int64 on the CPU."""
@@ -224,11 +205,6 @@ class NativeEngine(AutogradEngine):
             torch.from_numpy(sizes).contiguous(),
             torch.tensor(seeds, dtype=torch.int64),
         )
-
-    @property
-    def side_by_side(self) -> bool:
-        """Whether :func:`run_together` takes it."""
-        return not self._on_cuda
 
     def count(self, n_steps: int) -> None:
         """Notes that steps have been taken."""
@@ -272,13 +248,85 @@ def _values(data: Prepared) -> Tensor:
     return (values if values.dtype == torch.uint8 else values.to(torch.float32)).contiguous()
 
 
-def run_together(engines: Sequence[NativeEngine], n_steps: Sequence[int]) -> list[Tensor]:
-    """The next steps of several models at once, a thread for each; one model has all threads. Their terms.
-
-    Every model's are those of its own ``run``, bit for bit: its sums do not depend on the number of threads.
+class _CudaSteps:
+    """Steps of one model on a GPU, or of several that are alike, by a ``CudaStep`` that is made anew where
+    what it holds on to has moved.
     """
-    runs = [engine.prepare(n) for engine, n in zip(engines, n_steps, strict=True)]
-    terms = _C.run(runs)
+
+    def __init__(self) -> None:
+        self._step: Any = None
+        self._made_for: Any = None
+        self._values = torch.empty(0)
+        self._room = (0, 0)  # datapoints of a minibatch, steps
+
+    def run(self, engines: Sequence[NativeEngine], minibatches: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        """The terms of each engine's steps, ``[engines, steps, 3]``."""
+        first = engines[0]
+        data = first._program.source.data
+        if self._values.data_ptr() != data.values.data_ptr():  # a stream writes its data in place
+            self._values = _values(data)
+        models, updates = [], []
+        for engine in engines:
+            states, counters = engine._states()
+            updates.append(int(counters[0]) if counters else 0)
+            models.append(
+                {
+                    "latent_dim": engine._network["latent_dim"],
+                    "beta": engine._network["beta"],
+                    "lr": engine._options()["lr"],
+                    "parameters": [p.detach() for p in engine._parameters],
+                    "states": states,
+                }
+            )
+        options = {key: value for key, value in first._options().items() if key != "lr"}
+        tensors = [t for model in models for part in (model["parameters"], *model["states"]) for t in part]
+        kept = [(model["latent_dim"], model["beta"], model["lr"]) for model in models]
+        needs = (options, kept, [t.data_ptr() for t in (self._values, *tensors)])
+        rows, sizes, seeds = (torch.stack(parts) for parts in zip(*minibatches, strict=True))
+        n_steps, width = rows.shape[1:]
+        if width > self._room[0] or n_steps > self._room[1] or needs != self._made_for:
+            self._room = (max(width, self._room[0]), max(n_steps, first.chunk_steps, self._room[1]))
+            self._step = _C.CudaStep(
+                **{name: what for name, what in first._network.items() if name not in ("latent_dim", "beta")},
+                optimizer=first._kind,
+                options=options,
+                models=models,
+                data=self._values,
+                packed=False,
+                dynamic=data.kind == "dynamic",
+                scale=1 / data.scale,
+                batch_size=self._room[0],
+                most_steps=self._room[1],
+            )
+            self._made_for = needs
+        terms: Tensor = self._step.run(rows, sizes, seeds, updates)
+        return terms
+
+
+def run_together(engines: Sequence[NativeEngine], n_steps: Sequence[int]) -> list[Tensor]:
+    """The next steps of several models at once; the terms of each.
+
+    On a CPU every model has a thread, and one model has all threads. On a GPU models that are alike in all
+    but seed, lr, beta and the number of latent variables share every launch; others take turns. A model's
+    terms are those of its own ``run``, bit for bit: its sums do not depend on threads or other models.
+    """
+    terms = [torch.empty(0)] * len(engines)
+    on_cpu = [i for i, engine in enumerate(engines) if not engine._on_cuda]
+    if on_cpu:
+        found = _C.run([engines[i].prepare(n_steps[i]) for i in on_cpu])
+        for i, own in zip(on_cpu, found, strict=True):
+            terms[i] = own
+    groups: dict[Any, list[int]] = {}
+    minibatches = {}
+    for i, engine in enumerate(engines):
+        if engine._on_cuda:
+            minibatches[i] = engine._minibatches(n_steps[i])
+            groups.setdefault((engine.alike, minibatches[i][0].shape), []).append(i)
+    for group in groups.values():
+        steps = engines[group[0]]._cuda_steps
+        of_all = steps.run([engines[i] for i in group], [minibatches[i] for i in group])
+        for i, own in zip(group, of_all, strict=True):
+            terms[i] = own
     for engine, n in zip(engines, n_steps, strict=True):
         engine.count(n)
     return terms

@@ -29,7 +29,8 @@ def sweep(
         histories = vf.sweep(trainers, train, test, max_samples=1_000_000)
 
     Each model's curve is that of its own ``fit``, bit for bit. Models that the native engine takes run side
-    by side, one on each thread; the others take turns.
+    by side: on a CPU one on each thread; on a GPU in the same launches, as far as they differ only in seed,
+    lr, beta and ``latent_dim``. The others take turns.
 
     Args:
         trainers: of one or more models, each of which is in there once.
@@ -49,7 +50,8 @@ def sweep(
             raise ValueError(f"trainers: got the same {what} twice, wanted each once")
     if datasets.is_stream(train):
         raise TypeError(f"train: got a stream, {type(train).__name__}, wanted an array, a tensor or a file")
-    runs = [_Run(trainer, train, test, max_samples, report_every) for trainer in trainers]
+    shared = _Shared(train)
+    runs = [_Run(trainer, shared.of(trainer), test, max_samples, report_every) for trainer in trainers]
     with _Interrupt() as interrupt, _bar(max_samples * len(runs), progress) as bar:
         while active := [run for run in runs if not run.done]:
             before = sum(run.trainer.samples_seen for run in runs)
@@ -69,6 +71,22 @@ def sweep(
     return [trainer.history for trainer in trainers]
 
 
+class _Shared:
+    """The training data, checked and moved once for all trainers that read them alike."""
+
+    def __init__(self, train: Any) -> None:
+        self._train = train
+        self._found: dict[Any, datasets.Prepared] = {}
+
+    def of(self, trainer: Trainer) -> datasets.Prepared:
+        model, settings = trainer.model, trainer.settings
+        key = (model.likelihood, model.data_dim, settings.targets, settings.pixel_scale, trainer.device)
+        if key not in self._found:
+            prepared = trainer._prepare("train", self._train, settings.targets)
+            self._found[key] = prepared.to(trainer.device)
+        return self._found[key]
+
+
 class _Run:
     """One model's share of a sweep."""
 
@@ -78,7 +96,7 @@ class _Run:
         self.trainer = trainer
         self.source, self.engine, self.test = trainer._begin(train, test, max_samples, report_every, False)
         self.native: native.NativeEngine | None = None
-        if isinstance(self.engine, native.NativeEngine) and self.engine.side_by_side:
+        if isinstance(self.engine, native.NativeEngine):
             self.native = self.engine
         self.end = trainer.samples_seen + max_samples
         self.every = report_every or report_interval(self.source)

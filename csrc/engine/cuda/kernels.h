@@ -6,6 +6,9 @@
 // `stride` is the width rounded up to fours. A gradient buffer holds the gradient of sum_l log p(x|z_l), or in the
 // encoder of the objective, per datapoint: what divides by B and L, and the sign, come in with the update, so the
 // numbers are of order 1 whatever the batch.
+//
+// A launch does one step of one model, or of several side by side, whose buffers are laid out alike: pointers below are
+// the first model's.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,13 +19,23 @@
 namespace vae_fast {
 namespace engine {
 
-// Which step a kernel does. The cursor is moved on by `advance`, once for all steps of a graph; `offset` is the step's
-// place among them.
+// Which step a kernel does, and of how many models: those blocks whose z is m do model m, which has everything but the
+// data m model_bytes behind the first's. The cursor is moved on by `advance`, once for all steps of a graph; `offset`
+// is the step's place among them.
 struct Now {
   const int64_t* cursor;  // [1]
   int64_t offset;
   const int64_t* sizes;  // [steps]
   const int64_t* seeds;  // [steps, 2]: noise, binarise
+  int64_t models, model_bytes;
+};
+
+// What models side by side need not have in common. Those with fewer latents than the largest are padded with latents
+// whose weights, biases, z, eps and gradients are zero, and stay so.
+struct Own {
+  double lr;
+  int64_t latents;
+  float beta;
 };
 
 struct MatrixOf {  // see Matrix in product.cuh; second is null where nothing is paired
@@ -54,7 +67,8 @@ struct Prepare {
   int64_t width;
   float* x;  // [count, most_size, x_stride]
   int64_t x_stride;
-  Optimizer optimizer;
+  Optimizer optimizer;     // but for its lr
+  const Own* own;          // [1]
   const int64_t* updates;  // [1]: how many updates the parameters had before the cursor was 0
   StepFactors* factors;    // [count]
 };
@@ -91,6 +105,7 @@ struct LatentForward {
   int64_t z_stride;
   float* kl_parts;  // [tiles of columns, parts_stride >= B]
   int64_t parts_stride;
+  const Own* own;  // [1]
 };
 int launch(const LatentForward& args, const Way& way);
 
@@ -133,7 +148,6 @@ int launch(const HiddenBackward& args, const Way& way);
 struct LatentBackward {
   Now now;
   Estimator estimator;
-  float beta;
   int64_t samples, outs, latents;
   const float* grad;  // [L B, grad_stride]
   int64_t grad_stride;
@@ -143,6 +157,7 @@ struct LatentBackward {
   const float *z, *eps;  // [L B, z_stride]
   int64_t z_stride;
   float* grad_heads;  // [B, heads_stride]
+  const Own* own;     // [1]
 };
 int launch(const LatentBackward& args, const Way& way);
 
@@ -173,18 +188,19 @@ struct Update {
   const StepFactors* factors;  // of this step
   float* terms;                // [steps, 3], or null: no terms in this launch
   int64_t samples;             // L
-  float beta;
+  const Own* own;              // [1]
   int64_t ll_tiles, kl_tiles;
   const float *ll_parts, *kl_parts;
   int64_t ll_stride, kl_stride;
 };
 int launch(const Update& args, const Way& way);
 
-// Moves the cursor on by `count` steps.
-int advance(int64_t* cursor, int64_t count, cudaStream_t stream);
+// Moves the cursors of now's models on by `count` steps.
+int advance(int64_t* cursor, const Now& now, int64_t count, cudaStream_t stream);
 
-// Tiles of columns that the forward kernels cut `cols` columns (a Gaussian's or the latents' count double) into.
-int64_t column_tiles(int64_t most_rows, int64_t cols, int multiprocessors);
+// Tiles of columns that OutputForward cuts `cols` columns (a Gaussian's count double) into, and LatentForward its own.
+int64_t output_tiles(int64_t most_rows, int64_t cols, int multiprocessors);
+int64_t latent_tiles(int64_t latents);
 
 }  // namespace engine
 }  // namespace vae_fast

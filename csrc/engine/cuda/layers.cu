@@ -15,12 +15,6 @@ namespace vae_fast {
 namespace engine {
 namespace {
 
-// What a block knows of the step: its B, and where among all steps it is.
-struct Here {
-  int64_t step, size;
-  __device__ __forceinline__ explicit Here(const Now& now) : step(*now.cursor + now.offset), size(now.sizes[step]) {}
-};
-
 // One product for all rows of a minibatch. `samples` of the product's rows: with Epilogue::kAddsSamples the block
 // goes through the samples and hands the product of each to the epilogue, else samples are just more rows.
 template <class Epilogue>
@@ -38,6 +32,7 @@ struct KeepFour {
 // An epilogue has, for each four of C that a thread gets, a State:
 //   add(here, state, sample, row, col, v)  with kAddsSamples: takes the sums v, once for every sample
 //   finish(here, state, row, col)          writes; returns what is to be added up over the tile's columns
+//   move(here)                             to the block's model: all pointers
 // and `parts`, where those sums go, [tiles of columns, parts_stride], unless kSums is false. Without kAddsSamples the
 // state is a KeepFour, which has the sums. Both are called for fours inside the matrix only.
 template <Precision kPrecision, class Shape, bool kBByRow, class Epilogue>
@@ -45,6 +40,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Epilogue::kAddsSamples ? 1 : 
     product_kernel(const __grid_constant__ Product<Epilogue> p) {
   float* memory = dynamic_shared();
   const Here here(p.now);
+  Epilogue epilogue = p.epilogue;
+  epilogue.move(here);
+  const Matrix a = here.of_model(p.a), b = here.of_model(p.b);
   const int64_t rows = Epilogue::kAddsSamples ? here.size : here.size * p.samples;
   const TileOf tile{static_cast<int64_t>(blockIdx.y) * Shape::kRows, static_cast<int64_t>(blockIdx.x) * Shape::kCols,
                     rows, p.cols, p.ks};
@@ -54,13 +52,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Epilogue::kAddsSamples ? 1 : 
   const int64_t samples = Epilogue::kAddsSamples ? p.samples : 1;
   for (int64_t sample = 0; sample < samples; ++sample) {
     if (sample > 0) __syncthreads();  // the sums of the sample before have been read
-    multiply_tile<kPrecision, Shape, true, kBByRow>(memory, p.a, p.b, sample * rows, tile, [](const float*) {});
+    multiply_tile<kPrecision, Shape, true, kBByRow>(memory, a, b, sample * rows, tile, [](const float*) {});
 #pragma unroll
     for (int i = 0; i < Shape::kQuads; ++i) {
       const Four<Shape> four(memory, i);
       const int64_t row = tile.row + four.row, col = tile.col + four.col;
       if constexpr (Epilogue::kAddsSamples) {
-        if (row < rows && col < p.cols) p.epilogue.add(here, state[i], sample, row, col, four.value);
+        if (row < rows && col < p.cols) epilogue.add(here, state[i], sample, row, col, four.value);
       } else {
 #pragma unroll
         for (int j = 0; j < 4; ++j) state[i].value[j] = four.value[j];
@@ -73,10 +71,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Epilogue::kAddsSamples ? 1 : 
     const int64_t row = tile.row + four / (Shape::kCols / 4), col = tile.col + four % (Shape::kCols / 4) * 4;
     const bool inside = row < rows && col < p.cols;
     float sum = 0.0f;
-    if (inside) sum = p.epilogue.finish(here, state[i], row, col);
+    if (inside) sum = epilogue.finish(here, state[i], row, col);
     if constexpr (Epilogue::kSums) {
       sum = sum_over_tile_row<Shape>(sum);
-      if (inside && col == tile.col) p.epilogue.parts[blockIdx.x * p.epilogue.parts_stride + row] = sum;
+      if (inside && col == tile.col) epilogue.parts[blockIdx.x * epilogue.parts_stride + row] = sum;
     }
   }
 }
@@ -91,6 +89,8 @@ struct ActivateHidden {
   Activation activation;
   float* out;
   int64_t stride;
+
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias, out); }
 
   __device__ __forceinline__ float finish(const Here&, State& s, int64_t row, int64_t col) const {
 #pragma unroll
@@ -124,8 +124,14 @@ struct DrawLatents {
   int64_t z_stride;
   float* parts;
   int64_t parts_stride;
+  const Own* own;
+
+  __device__ __forceinline__ void move(const Here& here) {
+    here.move(bias_mu, bias_logvar, seeds, heads, z, eps, parts, own);
+  }
 
   __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
+    const int64_t own_latents = own->latents;
     float kl = 0.0f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -136,7 +142,7 @@ struct DrawLatents {
       float sampled = 0.0f;
       for (int64_t l = 0; l < samples; ++l) {
         const int64_t r = l * here.size + row;
-        const float e = normal(seeds[2 * here.step], r * latents + j);
+        const float e = j < own_latents ? normal(seeds[2 * here.step], r * own_latents + j) : 0.0f;
         const float drawn = reparameterize(mu, logvar, e);
         z[r * z_stride + j] = drawn;
         eps[r * z_stride + j] = e;
@@ -160,6 +166,8 @@ struct BernoulliOutput {
   int64_t grad_stride;
   float* parts;
   int64_t parts_stride;
+
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias, x, grad, parts); }
 
   __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
     float target[4];
@@ -190,6 +198,8 @@ struct GaussianOutput {  // columns are mean_0, logvar_0, mean_1, ...
   float* parts;
   int64_t parts_stride;
 
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias_mean, bias_logvar, x, grad, parts); }
+
   __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
     float log_likelihood = 0.0f;
 #pragma unroll
@@ -218,6 +228,8 @@ struct DeriveHidden {
   float* grad_in;
   int64_t stride;
 
+  __device__ __forceinline__ void move(const Here& here) { here.move(in, grad_in); }
+
   __device__ __forceinline__ float finish(const Here&, State& s, int64_t row, int64_t col) const {
     float a[4];
     read_four(in + row * stride + col, a);
@@ -240,13 +252,15 @@ struct DeriveLatents {
     float grad[4], grad_eps[4];  // sums over the samples of g and of g eps
   };
   Estimator estimator;
-  float beta;
   int64_t samples, latents;
   const float* heads;
   int64_t heads_stride;
   const float *z, *eps;
   int64_t z_stride;
   float* grad_heads;
+  const Own* own;
+
+  __device__ __forceinline__ void move(const Here& here) { here.move(heads, z, eps, grad_heads, own); }
 
   __device__ __forceinline__ void add(const Here& here, State& s, int64_t sample, int64_t row, int64_t col,
                                       const float (&v)[4]) const {
@@ -254,6 +268,7 @@ struct DeriveLatents {
     float e[4], drawn[4];
     read_four(eps + at, e);
     read_four(z + at, drawn);
+    const float beta = own->beta;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float g = estimator == Estimator::sgvb_a ? v[i] - beta * drawn[i] : v[i];
@@ -263,7 +278,8 @@ struct DeriveLatents {
   }
 
   __device__ __forceinline__ float finish(const Here&, State& s, int64_t row, int64_t col) const {
-    const float mean = 1.0f / static_cast<float>(samples);
+    const float mean = 1.0f / static_cast<float>(samples), beta = own->beta;
+    const int64_t own_latents = own->latents;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (col + i >= latents) break;
@@ -274,7 +290,7 @@ struct DeriveLatents {
         grad_mu -= beta * mu;
         grad_logvar -= beta * gaussian_kl_grad_logvar(logvar);
       } else {
-        grad_logvar += 0.5f * beta;
+        grad_logvar += col + i < own_latents ? 0.5f * beta : 0.0f;
       }
       grad_heads[at] = grad_mu;
       grad_heads[at + 1] = grad_logvar;
@@ -285,6 +301,8 @@ struct DeriveLatents {
 
 // --- the launches ----------------------------------------------------------------------------------------------------
 
+// By one model's size, so that its sums have the same order alone and among others. Products as wide as the latents are
+// narrow always: so padding does not change their order.
 bool wide(int64_t most_rows, int64_t cols, int multiprocessors) {
   return ceil_div(most_rows, Wide::kRows) * ceil_div(cols, Wide::kCols) >= multiprocessors;
 }
@@ -296,8 +314,9 @@ int launch_shape(const Product<Epilogue>& product, const Way& way) {
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
     return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(ceil_div(product.cols, Shape::kCols)),
-                        static_cast<unsigned>(ceil_div(way.most_rows, Shape::kRows)));
+  config.gridDim =
+      dim3(static_cast<unsigned>(ceil_div(product.cols, Shape::kCols)),
+           static_cast<unsigned>(ceil_div(way.most_rows, Shape::kRows)), static_cast<unsigned>(product.now.models));
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = way.stream;
@@ -306,20 +325,25 @@ int launch_shape(const Product<Epilogue>& product, const Way& way) {
 }
 
 template <bool kBByRow, class Epilogue>
+int launch_narrow(const Product<Epilogue>& p, const Way& way) {
+  return way.precision == Precision::exact ? launch_shape<Precision::exact, Narrow, kBByRow>(p, way)
+                                           : launch_shape<Precision::fast, Narrow, kBByRow>(p, way);
+}
+
+template <bool kBByRow, class Epilogue>
 int launch_product(const Product<Epilogue>& p, const Way& way) {
-  if (way.precision == Precision::exact) {
-    return wide(way.most_rows, p.cols, way.multiprocessors) ? launch_shape<Precision::exact, Wide, kBByRow>(p, way)
-                                                            : launch_shape<Precision::exact, Narrow, kBByRow>(p, way);
-  }
-  return wide(way.most_rows, p.cols, way.multiprocessors) ? launch_shape<Precision::fast, Wide, kBByRow>(p, way)
-                                                          : launch_shape<Precision::fast, Narrow, kBByRow>(p, way);
+  if (!wide(way.most_rows, p.cols, way.multiprocessors)) return launch_narrow<kBByRow>(p, way);
+  return way.precision == Precision::exact ? launch_shape<Precision::exact, Wide, kBByRow>(p, way)
+                                           : launch_shape<Precision::fast, Wide, kBByRow>(p, way);
 }
 
 }  // namespace
 
-int64_t column_tiles(int64_t most_rows, int64_t cols, int multiprocessors) {
+int64_t output_tiles(int64_t most_rows, int64_t cols, int multiprocessors) {
   return ceil_div(cols, wide(most_rows, cols, multiprocessors) ? Wide::kCols : Narrow::kCols);
 }
+
+int64_t latent_tiles(int64_t latents) { return ceil_div(2 * latents, Narrow::kCols); }
 
 int launch(const HiddenForward& args, const Way& way) {
   const ActivateHidden epilogue{args.bias, args.outs, args.activation, args.out, args.out_stride};
@@ -332,11 +356,11 @@ int launch(const HiddenForward& args, const Way& way) {
 int launch(const LatentForward& args, const Way& way) {
   const DrawLatents epilogue{args.bias_mu,   args.bias_logvar, args.samples,      args.latents, args.now.seeds,
                              args.estimator, args.heads,       args.heads_stride, args.z,       args.eps,
-                             args.z_stride,  args.kl_parts,    args.parts_stride};
-  return launch_product<true>(Product<DrawLatents>{args.now, matrix_of(args.in, args.in_stride),
-                                                   matrix_of(args.weight_mu, args.ins, args.weight_logvar), 1,
-                                                   2 * args.latents, args.ins, epilogue},
-                              way);
+                             args.z_stride,  args.kl_parts,    args.parts_stride, args.own};
+  return launch_narrow<true>(Product<DrawLatents>{args.now, matrix_of(args.in, args.in_stride),
+                                                  matrix_of(args.weight_mu, args.ins, args.weight_logvar), 1,
+                                                  2 * args.latents, args.ins, epilogue},
+                             way);
 }
 
 int launch(const OutputForward& args, const Way& way) {
@@ -367,9 +391,9 @@ int launch(const HiddenBackward& args, const Way& way) {
 }
 
 int launch(const LatentBackward& args, const Way& way) {
-  const DeriveLatents epilogue{args.estimator,    args.beta, args.samples, args.latents,  args.heads,
-                               args.heads_stride, args.z,    args.eps,     args.z_stride, args.grad_heads};
-  return launch_product<false>(
+  const DeriveLatents epilogue{args.estimator, args.samples, args.latents,  args.heads,      args.heads_stride,
+                               args.z,         args.eps,     args.z_stride, args.grad_heads, args.own};
+  return launch_narrow<false>(
       Product<DeriveLatents>{args.now, matrix_of(args.grad, args.grad_stride),
                              matrix_of(args.weight.first, args.weight.stride, args.weight.second), args.samples,
                              args.latents, args.outs, epilogue},

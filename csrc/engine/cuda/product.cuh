@@ -13,7 +13,7 @@
 // A sum has one order, fixed by the shapes alone: k inside a fragment, fragments inside a chunk, chunks, then kWarpsK.
 #pragma once
 
-#include "../network.h"
+#include "kernels.h"
 #include "tensor_core.cuh"
 
 namespace vae_fast {
@@ -51,6 +51,30 @@ struct Matrix {
   __device__ __forceinline__ const float* row(int64_t r) const {
     if (!paired) return first + r * stride;
     return (r & 1 ? second : first) + (r >> 1) * stride;
+  }
+};
+
+// What a block knows of the step: which model it does, that model's B, and where among all steps it is.
+struct Here {
+  int64_t bytes, step, size;
+
+  __device__ __forceinline__ explicit Here(const Now& now, int64_t later = 0) : bytes(blockIdx.z * now.model_bytes) {
+    step = *of_model(now.cursor) + now.offset + later;
+    size = of_model(now.sizes)[step];
+  }
+
+  // What the block's model has where the first has p
+  template <class T>
+  __device__ __forceinline__ T* of_model(T* p) const {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes));
+  }
+  __device__ __forceinline__ Matrix of_model(Matrix m) const {
+    move(m.first, m.second);
+    return m;
+  }
+  template <class... T>
+  __device__ __forceinline__ void move(T*&... pointers) const {
+    ((pointers = of_model(pointers)), ...);
   }
 };
 

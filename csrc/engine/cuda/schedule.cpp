@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kStepsPerGraph = 50;                  // a launch of a graph, some microseconds, is shared by so many
 constexpr int64_t kMinibatchFloats = int64_t{4} << 20;  // of x in a graph's steps: 16 MB, so that it stays in the L2
-constexpr size_t kMostGraphs = 4;                       // beyond them steps are launched as they are
+constexpr int64_t kWord = sizeof(int64_t);
+constexpr size_t kMostGraphs = 4;  // beyond them steps are launched as they are
 
 int64_t to_fours(int64_t n) { return (n + 3) / 4 * 4; }
 
@@ -20,17 +21,18 @@ int64_t to_fours(int64_t n) { return (n + 3) / 4 * 4; }
 // --- buffers ---------------------------------------------------------------------------------------------------------
 
 Schedule::Schedule(const Network& network, const Objective& objective, const Optimizer& optimizer, const Data& data,
-                   Precision precision, std::vector<Trained> parameters, int64_t most_size, int64_t most_steps,
+                   Precision precision, std::vector<Model> models, int64_t most_size, int64_t most_steps,
                    int multiprocessors, const cuda::Workspace& workspace)
     : network_(network),
       objective_(objective),
       optimizer_(optimizer),
       data_(data),
       precision_(precision),
-      parameters_(std::move(parameters)),
+      models_(std::move(models)),
       most_size_(most_size),
       most_steps_(most_steps),
-      group_(std::clamp<int64_t>(kMinibatchFloats / (most_size * to_fours(data.cols)), 1, kStepsPerGraph)),
+      group_(std::clamp<int64_t>(kMinibatchFloats / (this->models() * most_size * to_fours(data.cols)), 1,
+                                 kStepsPerGraph)),
       multiprocessors_(multiprocessors) {
   int parameter = 0;
   const auto add = [&](std::vector<Layer>& layers, int64_t ins, int64_t outs, bool paired) {
@@ -53,7 +55,7 @@ Schedule::~Schedule() {
   if (capture_stream_) cudaStreamDestroy(capture_stream_);
 }
 
-// Every buffer begins at a multiple of 256 bytes of one allocation.
+// Every buffer begins at a multiple of 256 bytes of one allocation, which has a part for every model.
 void Schedule::lay_out(const cuda::Workspace& workspace) {
   std::vector<std::pair<void**, size_t>> places;
   const auto place = [&](auto*& pointer, int64_t count) {
@@ -83,9 +85,19 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
   }
   const Layer& output = decoder_.back();
   const int64_t output_cols = output.paired ? 2 * output.outs : output.outs;
-  matrix("ll_parts", ll_parts_, column_tiles(decoder_rows, output_cols, multiprocessors_), decoder_rows, ll_stride_);
-  matrix("kl_parts", kl_parts_, column_tiles(most_size_, 2 * network_.latent_dim, multiprocessors_), most_size_,
-         kl_stride_);
+  matrix("ll_parts", ll_parts_, output_tiles(decoder_rows, output_cols, multiprocessors_), decoder_rows, ll_stride_);
+  matrix("kl_parts", kl_parts_, latent_tiles(network_.latent_dim), most_size_, kl_stride_);
+  parameters_ = models_[0].parameters;
+  if (models() > 1) {
+    const auto shapes = parameter_shapes(network_);
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const int64_t count = shapes[i].size() == 2 ? shapes[i][0] * shapes[i][1] : shapes[i][0];
+      for (float** tensor : {&parameters_[i].value, &parameters_[i].state0, &parameters_[i].state1}) {
+        if (*tensor) place(*tensor, count);
+      }
+    }
+  }
+  place(own_, 1);
   place(factors_, group_);
   place(cursor_, 1);
   place(updates_, 1);
@@ -94,9 +106,8 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
   place(seeds_, 2 * most_steps_);
   place(terms_, 3 * most_steps_);
 
-  size_t bytes = 0;
-  for (auto& [pointer, size] : places) bytes += (size + 255) / 256 * 256;
-  char* memory = static_cast<char*>(workspace(bytes));
+  for (auto& [pointer, size] : places) model_bytes_ += static_cast<int64_t>((size + 255) / 256 * 256);
+  char* memory = static_cast<char*>(workspace(static_cast<size_t>(models() * model_bytes_)));
   for (auto& [pointer, size] : places) {
     *pointer = memory;
     memory += (size + 255) / 256 * 256;
@@ -106,7 +117,7 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
 
 // --- a step ----------------------------------------------------------------------------------------------------------
 
-Now Schedule::now(int64_t offset) const { return {cursor_, offset, sizes_, seeds_}; }
+Now Schedule::now(int64_t offset) const { return {cursor_, offset, sizes_, seeds_, models(), model_bytes_}; }
 
 MatrixOf Schedule::weight_of(const Layer& layer) const {
   const size_t first = static_cast<size_t>(layer.first_parameter);
@@ -154,7 +165,7 @@ int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
   const auto [h, h_stride] = forward(encoder_, x, x_stride_, encoder_way);
   go(LatentForward{at, objective_.estimator, samples, heads.ins, heads.outs, h, h_stride, parameter(heads, 0),
                    parameter(heads, 1), parameter(heads, 2), parameter(heads, 3), heads.out, heads.stride, z_, eps_,
-                   z_stride_, kl_parts_, kl_stride_},
+                   z_stride_, kl_parts_, kl_stride_, own_},
      encoder_way);
   const auto [last, last_stride] = forward(decoder_, z_, z_stride_, decoder_way);
   go(OutputForward{at, network_.likelihood, samples, output.ins, output.outs, last, last_stride, parameter(output, 0),
@@ -163,9 +174,9 @@ int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
                    ll_parts_, ll_stride_},
      decoder_way);
   backward(decoder_, decoder_way);
-  go(LatentBackward{at, objective_.estimator, objective_.beta, samples, first.paired ? 2 * first.outs : first.outs,
-                    network_.latent_dim, first.grad, first.grad_stride, weight_of(first), heads.out, heads.stride, z_,
-                    eps_, z_stride_, heads.grad},
+  go(LatentBackward{at, objective_.estimator, samples, first.paired ? 2 * first.outs : first.outs, network_.latent_dim,
+                    first.grad, first.grad_stride, weight_of(first), heads.out, heads.stride, z_, eps_, z_stride_,
+                    heads.grad, own_},
      encoder_way);
   backward(encoder_, encoder_way);
   if (!error) error = launch_update(offset, x, decoder_way);
@@ -179,10 +190,10 @@ int Schedule::launch_update(int64_t offset, const float* x, const Way& way) {
   update.weight_prior = objective_.weight_prior;
   update.factors = factors_ + offset;
   update.samples = objective_.num_samples;
-  update.beta = objective_.beta;
+  update.own = own_;
   const Layer& output = decoder_.back();
-  update.ll_tiles = column_tiles(way.most_rows, output.paired ? 2 * output.outs : output.outs, multiprocessors_);
-  update.kl_tiles = column_tiles(most_size_, 2 * network_.latent_dim, multiprocessors_);
+  update.ll_tiles = output_tiles(way.most_rows, output.paired ? 2 * output.outs : output.outs, multiprocessors_);
+  update.kl_tiles = latent_tiles(network_.latent_dim);
   update.ll_parts = ll_parts_;
   update.kl_parts = kl_parts_;
   update.ll_stride = ll_stride_;
@@ -227,13 +238,13 @@ int Schedule::launch_update(int64_t offset, const float* x, const Way& way) {
 // --- many steps ------------------------------------------------------------------------------------------------------
 
 int Schedule::launch_steps(int64_t count, cudaStream_t stream) {
-  const Prepare prepare{now(0), count,     most_size_, data_,    rows_,   most_size_,
-                        x_,     x_stride_, optimizer_, updates_, factors_};
+  const Prepare prepare{now(0), count,     most_size_, data_, rows_,    most_size_,
+                        x_,     x_stride_, optimizer_, own_,  updates_, factors_};
   if (int error = launch(prepare, stream)) return error;
   for (int64_t offset = 0; offset < count; ++offset) {
     if (int error = launch_step(offset, stream)) return error;
   }
-  return advance(cursor_, count, stream);
+  return advance(cursor_, now(0), count, stream);
 }
 
 // The graph of `count` steps, captured when it is first wanted; none where there are too many already.
@@ -258,39 +269,90 @@ int Schedule::graph_of(int64_t count, cudaGraphExec_t& graph) {
   return error;
 }
 
-int Schedule::run(const int64_t* rows, int64_t width, const int64_t* sizes, const int64_t* seeds, int64_t n_steps,
-                  int64_t updates, float* terms, cudaStream_t stream) {
-  const auto copy = [stream](void* to, const void* from, int64_t bytes, cudaMemcpyKind kind) {
-    return cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), kind, stream);
-  };
-  constexpr int64_t kWord = sizeof(int64_t);
-  for (int64_t begin = 0; begin < n_steps; begin += most_steps_) {
-    const int64_t count = std::min(most_steps_, n_steps - begin), zero = 0, updates_before = updates + begin;
-    const size_t row_bytes = static_cast<size_t>(width * kWord);
-    cudaError_t error = copy(cursor_, &zero, kWord, cudaMemcpyHostToDevice);
-    if (!error) error = copy(updates_, &updates_before, kWord, cudaMemcpyHostToDevice);
+// Between the models' parameters and the memory where several of them are trained
+int Schedule::exchange(bool import, cudaStream_t stream) {
+  if (models() == 1) return cudaSuccess;
+  for (size_t m = 0; m < models_.size(); ++m) {
+    Network own = network_;
+    own.latent_dim = models_[m].own.latents;
+    const auto shapes = parameter_shapes(own), padded = parameter_shapes(network_);
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const auto size = [](int64_t floats) { return static_cast<size_t>(floats) * sizeof(float); };
+      const bool matrix = shapes[i].size() == 2;
+      const size_t rows = matrix ? static_cast<size_t>(shapes[i][0]) : 1, width = size(shapes[i].back());
+      const size_t padded_width = size(padded[i].back());
+      const size_t padded_bytes = (matrix ? static_cast<size_t>(padded[i][0]) : 1) * padded_width;
+      const Trained &given = models_[m].parameters[i], &kept = parameters_[i];
+      for (const auto& [outside, first] : {std::pair(given.value, kept.value), std::pair(given.state0, kept.state0),
+                                           std::pair(given.state1, kept.state1)}) {
+        if (!outside) continue;
+        float* inside = of_model(first, m);
+        cudaError_t error = cudaSuccess;
+        if (import && padded_bytes != rows * width) error = cudaMemsetAsync(inside, 0, padded_bytes, stream);
+        if (!error) {
+          error = import ? cudaMemcpy2DAsync(inside, padded_width, outside, width, width, rows,
+                                             cudaMemcpyDeviceToDevice, stream)
+                         : cudaMemcpy2DAsync(outside, width, inside, padded_width, width, rows,
+                                             cudaMemcpyDeviceToDevice, stream);
+        }
+        if (error) return error;
+      }
+    }
+  }
+  return cudaSuccess;
+}
+
+// To the device: what `count` steps from `begin` on read, of every model
+int Schedule::load(const std::vector<Steps>& steps, int64_t begin, int64_t count, cudaStream_t stream) {
+  for (size_t m = 0; m < models_.size(); ++m) {
+    const Steps& own = steps[m];
+    const int64_t zero = 0, updates_before = own.updates_before + begin;
+    const auto copy = [&](auto* to, const auto* from, int64_t number) {
+      return cudaMemcpyAsync(of_model(to, m), from, static_cast<size_t>(number) * sizeof *from, cudaMemcpyHostToDevice,
+                             stream);
+    };
+    const size_t row_bytes = static_cast<size_t>(own.width * kWord);
+    cudaError_t error = copy(cursor_, &zero, 1);
+    if (!error) error = copy(updates_, &updates_before, 1);
+    if (!error) error = copy(own_, &models_[m].own, 1);
     if (!error) {
-      error = cudaMemcpy2DAsync(rows_, static_cast<size_t>(most_size_ * kWord), rows + begin * width, row_bytes,
-                                row_bytes, static_cast<size_t>(count), cudaMemcpyHostToDevice, stream);
+      error =
+          cudaMemcpy2DAsync(of_model(rows_, m), static_cast<size_t>(most_size_ * kWord), own.rows + begin * own.width,
+                            row_bytes, row_bytes, static_cast<size_t>(count), cudaMemcpyHostToDevice, stream);
     }
-    if (!error) error = copy(sizes_, sizes + begin, count * kWord, cudaMemcpyHostToDevice);
-    if (!error) error = copy(seeds_, seeds + 2 * begin, 2 * count * kWord, cudaMemcpyHostToDevice);
-    if (error) return error;
-    // The very first steps are launched as they are: the driver loads kernels when they are first used, which a capture
-    // may not do.
-    for (int64_t done = 0; done < count;) {
-      const int64_t steps = std::min(group_, count - done);
-      cudaGraphExec_t graph = nullptr;
-      if (int failed = warm_ ? graph_of(steps, graph) : 0) return failed;
-      if (int failed = graph ? cudaGraphLaunch(graph, stream) : launch_steps(steps, stream)) return failed;
-      warm_ = true;
-      done += steps;
-    }
-    error = copy(terms + 3 * begin, terms_, 3 * count * static_cast<int64_t>(sizeof(float)), cudaMemcpyDeviceToHost);
-    if (!error) error = cudaStreamSynchronize(stream);
+    if (!error) error = copy(sizes_, own.sizes + begin, count);
+    if (!error) error = copy(seeds_, own.seeds + 2 * begin, 2 * count);
     if (error) return error;
   }
   return cudaSuccess;
+}
+
+int Schedule::run(const std::vector<Steps>& steps, float* terms, cudaStream_t stream) {
+  const int64_t n_steps = steps[0].count;
+  if (int error = exchange(true, stream)) return error;
+  for (int64_t begin = 0; begin < n_steps; begin += most_steps_) {
+    const int64_t count = std::min(most_steps_, n_steps - begin);
+    if (int error = load(steps, begin, count, stream)) return error;
+    // The very first steps are launched as they are: the driver loads kernels when they are first used, which a capture
+    // may not do.
+    for (int64_t done = 0; done < count;) {
+      const int64_t some = std::min(group_, count - done);
+      cudaGraphExec_t graph = nullptr;
+      if (int failed = warm_ ? graph_of(some, graph) : 0) return failed;
+      if (int failed = graph ? cudaGraphLaunch(graph, stream) : launch_steps(some, stream)) return failed;
+      warm_ = true;
+      done += some;
+    }
+    cudaError_t error = cudaSuccess;
+    for (size_t m = 0; m < models_.size() && !error; ++m) {
+      error = cudaMemcpyAsync(terms + 3 * (static_cast<int64_t>(m) * n_steps + begin), of_model(terms_, m),
+                              static_cast<size_t>(3 * count) * sizeof(float), cudaMemcpyDeviceToHost, stream);
+    }
+    if (!error) error = cudaStreamSynchronize(stream);
+    if (error) return error;
+  }
+  if (int error = exchange(false, stream)) return error;
+  return cudaStreamSynchronize(stream);
 }
 
 }  // namespace engine

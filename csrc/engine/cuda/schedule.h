@@ -11,6 +11,9 @@
 //   back to h_1                             HiddenBackward   for the heads and all hidden layers but the first
 //   all parameters                          Update           in place, and the step's terms
 // Before them, once for all steps of a graph, Prepare gathers the minibatches; after them `advance` moves the cursor.
+//
+// Of several models side by side each launch does all. One model is trained where its parameters lie; of several a run
+// copies the parameters to the models' own memory and back, where weights that the latents have are padded (Own).
 // tests/cuda_schedule.py has the same schedule in Python and checks who reads and writes what.
 #pragma once
 
@@ -32,24 +35,31 @@ struct Buffer {
   int64_t rows, cols, stride;
 };
 
+// A model, its parameters as network.h numbers them
+struct Model {
+  Own own;
+  std::vector<Trained> parameters;
+};
+
 class Schedule {
  public:
-  // `parameters` as network.h numbers them. `workspace` is asked once, for memory that lasts as long as this object.
-  // Steps come in calls of up to most_steps, each of up to most_size datapoints.
+  // `network` has the latents of the model with most; the lr of `optimizer` and the beta of `objective` are not read.
+  // `workspace` is asked once, for memory that lasts as long as this object. Steps come in calls of up to most_steps,
+  // each of up to most_size datapoints.
   Schedule(const Network& network, const Objective& objective, const Optimizer& optimizer, const Data& data,
-           Precision precision, std::vector<Trained> parameters, int64_t most_size, int64_t most_steps,
-           int multiprocessors, const cuda::Workspace& workspace);
+           Precision precision, std::vector<Model> models, int64_t most_size, int64_t most_steps, int multiprocessors,
+           const cuda::Workspace& workspace);
   ~Schedule();
   Schedule(const Schedule&) = delete;
   Schedule& operator=(const Schedule&) = delete;
 
-  // The next steps; returns a cudaError_t when they are done. On the host: rows [n_steps, width] of the data, of which
-  // step i takes the first sizes[i]; sizes [n_steps]; seeds [n_steps, 2]: noise, binarise; terms [n_steps, 3].
-  // `updates`: how many updates the parameters have had.
-  int run(const int64_t* rows, int64_t width, const int64_t* sizes, const int64_t* seeds, int64_t n_steps,
-          int64_t updates, float* terms, cudaStream_t stream);
+  // The next steps of every model; returns a cudaError_t when they are done. `steps` has for each model as many steps
+  // of the same width. Terms on the host: [models, n_steps, 3].
+  int run(const std::vector<Steps>& steps, float* terms, cudaStream_t stream);
 
+  // Of the first model; those of model m lie m model_bytes() further on.
   const std::vector<Buffer>& buffers() const { return buffers_; }
+  int64_t model_bytes() const { return model_bytes_; }
   int64_t steps_per_graph() const { return group_; }
   int64_t launches_per_step() const { return launches_; }
 
@@ -63,7 +73,14 @@ class Schedule {
     int64_t stride, grad_stride;
   };
 
+  int64_t models() const { return static_cast<int64_t>(models_.size()); }
   void lay_out(const cuda::Workspace& workspace);
+  template <class T>
+  T* of_model(T* p, size_t model) const {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + model * static_cast<size_t>(model_bytes_));
+  }
+  int exchange(bool import, cudaStream_t stream);
+  int load(const std::vector<Steps>& steps, int64_t begin, int64_t count, cudaStream_t stream);
   Now now(int64_t offset) const;
   int launch_steps(int64_t count, cudaStream_t stream);
   int launch_step(int64_t offset, cudaStream_t stream);
@@ -76,13 +93,15 @@ class Schedule {
   Optimizer optimizer_;
   Data data_;
   Precision precision_;
-  std::vector<Trained> parameters_;
-  int64_t most_size_, most_steps_, group_, launches_ = 0;
+  std::vector<Model> models_;
+  std::vector<Trained> parameters_;  // of the first model, where the kernels find them
+  int64_t most_size_, most_steps_, group_, launches_ = 0, model_bytes_ = 0;
   int multiprocessors_;
 
   std::vector<Layer> encoder_, decoder_;  // the last of the encoder are the heads, of the decoder the output
   float *x_ = nullptr, *z_ = nullptr, *eps_ = nullptr, *ll_parts_ = nullptr, *kl_parts_ = nullptr;
   int64_t x_stride_ = 0, z_stride_ = 0, ll_stride_ = 0, kl_stride_ = 0;
+  Own* own_ = nullptr;
   StepFactors* factors_ = nullptr;
   int64_t *cursor_ = nullptr, *updates_ = nullptr, *rows_ = nullptr, *sizes_ = nullptr, *seeds_ = nullptr;
   float* terms_ = nullptr;

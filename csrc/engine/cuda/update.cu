@@ -26,18 +26,21 @@ __device__ __forceinline__ float datum(const Data& data, int64_t row, int64_t co
 }
 
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Prepare p) {
-  const int64_t slot = blockIdx.y, step = *p.now.cursor + slot;
+  const int64_t slot = blockIdx.y;
+  const Here here(p.now, slot);
+  const int64_t step = here.step;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     const Optimizer& o = p.optimizer;
     const UpdateKind kind = o.kind == OptimizerKind::adagrad ? UpdateKind::adagrad
                             : o.kind == OptimizerKind::sgd   ? UpdateKind::sgd
                                                              : UpdateKind::adam;
-    p.factors[slot] = step_factors(kind, o.lr, o.beta1, o.beta2, o.accumulate_steps, *p.updates + step + 1);
+    here.of_model(p.factors)[slot] = step_factors(kind, here.of_model(p.own)->lr, o.beta1, o.beta2, o.accumulate_steps,
+                                                  *here.of_model(p.updates) + step + 1);
   }
   const int64_t fours = p.x_stride / 4, four = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t b = four / fours, col = four % fours * 4;
-  if (b >= p.now.sizes[step]) return;
-  const int64_t row = p.rows[step * p.width + b], seed = p.now.seeds[2 * step + 1];
+  if (b >= here.size) return;
+  const int64_t row = here.of_model(p.rows)[step * p.width + b], seed = here.of_model(p.now.seeds)[2 * step + 1];
   float x[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -48,10 +51,12 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
       x[i] = static_cast<double>(word) < static_cast<double>(x[i]) * 4294967296.0 ? 1.0f : 0.0f;
     }
   }
-  write_four(p.x + (slot * p.most_size + b) * p.x_stride + col, x);
+  write_four(here.of_model(p.x) + (slot * p.most_size + b) * p.x_stride + col, x);
 }
 
-__global__ void advance_kernel(int64_t* cursor, int64_t count) { *cursor += count; }
+__global__ void advance_kernel(int64_t* cursor, const __grid_constant__ Now now, int64_t count) {
+  *Here(now).of_model(cursor) += count;
+}
 
 // --- the update ------------------------------------------------------------------------------------------------------
 
@@ -73,7 +78,7 @@ struct Jobs {
   const StepFactors* factors;
   float* terms;
   int64_t samples;
-  float beta;
+  const Own* own;
   int64_t ll_tiles, kl_tiles;
   const float *ll_parts, *kl_parts;
   int64_t ll_stride, kl_stride;
@@ -98,6 +103,11 @@ __device__ __forceinline__ void store_some(float* at, bool whole, int valid, con
       if (i < valid) at[i] = v[i];
     }
   }
+}
+
+__device__ __forceinline__ Trained of_model(const Here& here, Trained trained) {
+  here.move(trained.value, trained.state0, trained.state1);
+  return trained;
 }
 
 // Four parameters and their states, in registers between load and take_step
@@ -141,14 +151,17 @@ __device__ double sum_of_parts(const float* parts, int64_t tiles, int64_t rows, 
   return scratch[0];
 }
 
-__device__ void write_terms(const Jobs& p, int64_t step, int64_t size, double* scratch) {
-  const int64_t rows = size * p.samples;
-  const double ll = sum_of_parts(p.ll_parts, p.ll_tiles, rows, p.ll_stride, scratch) / static_cast<double>(rows);
-  const double kl = sum_of_parts(p.kl_parts, p.kl_tiles, size, p.kl_stride, scratch) / static_cast<double>(size);
+__device__ void write_terms(const Jobs& p, const Here& here, double* scratch) {
+  const int64_t rows = here.size * p.samples;
+  const float *ll_parts = here.of_model(p.ll_parts), *kl_parts = here.of_model(p.kl_parts);
+  const double ll = sum_of_parts(ll_parts, p.ll_tiles, rows, p.ll_stride, scratch) / static_cast<double>(rows);
+  const double kl =
+      sum_of_parts(kl_parts, p.kl_tiles, here.size, p.kl_stride, scratch) / static_cast<double>(here.size);
   if (threadIdx.x != 0) return;
-  p.terms[3 * step] = static_cast<float>(ll - static_cast<double>(p.beta) * kl);
-  p.terms[3 * step + 1] = static_cast<float>(ll);
-  p.terms[3 * step + 2] = static_cast<float>(kl);
+  float* terms = here.of_model(p.terms) + 3 * here.step;
+  terms[0] = static_cast<float>(ll - static_cast<double>(here.of_model(p.own)->beta) * kl);
+  terms[1] = static_cast<float>(ll);
+  terms[2] = static_cast<float>(kl);
 }
 
 template <Precision kPrecision>
@@ -156,10 +169,10 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   using Shape = UpdateShape;
   using A = typename TileMemory<Shape, false, false>::A;
   float* memory = dynamic_shared();
-  const int64_t step = *p.now.cursor + p.now.offset, size = p.now.sizes[step];
+  const Here here(p.now);
   const int tile_index = static_cast<int>(blockIdx.x);
   if (tile_index == p.tiles) {
-    write_terms(p, step, size, reinterpret_cast<double*>(memory));
+    write_terms(p, here, reinterpret_cast<double*>(memory));
     return;
   }
   int index = 0;
@@ -167,20 +180,21 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   const Job& job = p.job[index];
   const int in_job = tile_index - job.first_tile;
   const TileOf tile{in_job / job.column_tiles * int64_t{Shape::kRows},
-                    in_job % job.column_tiles * int64_t{Shape::kCols}, job.outs, job.ins, size * job.samples};
+                    in_job % job.column_tiles * int64_t{Shape::kCols}, job.outs, job.ins, here.size * job.samples};
 
   // The first tile of a row of tiles has the bias too: the sum of the gradient over the minibatch, in its order.
   const int thread = static_cast<int>(threadIdx.x);
   const bool has_bias = tile.col == 0 && thread < Shape::kRows && tile.row + thread < tile.rows;
   float bias_sum = 0.0f;
-  multiply_tile<kPrecision, Shape, false, false>(memory, job.grad, job.in, 0, tile, [&](const float* grad) {
+  const Matrix grad = here.of_model(job.grad), in = here.of_model(job.in);
+  multiply_tile<kPrecision, Shape, false, false>(memory, grad, in, 0, tile, [&](const float* chunk) {
     if (has_bias) {
 #pragma unroll 8
-      for (int k = 0; k < Shape::kDepth; ++k) bias_sum += grad[k * A::kStride + thread];
+      for (int k = 0; k < Shape::kDepth; ++k) bias_sum += chunk[k * A::kStride + thread];
     }
   });
 
-  const StepFactors factors = *p.factors;
+  const StepFactors factors = *here.of_model(p.factors);
   const float scale = -1.0f / static_cast<float>(tile.ks);
   // A thread's fours stand below each other, in every kRowStep-th row: of the same tensor, since the step is even. All
   // of them are on their way before the first is used.
@@ -188,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   static_assert(kRowStep % 2 == 0);
   const int64_t first_row = tile.row + thread / (Shape::kCols / 4), col = tile.col + thread % (Shape::kCols / 4) * 4;
   if (first_row < tile.rows && col < tile.cols) {
-    const Trained trained = job.weight[job.paired ? first_row & 1 : 0];
+    const Trained trained = of_model(here, job.weight[job.paired ? first_row & 1 : 0]);
     const int valid = tile.cols - col < 4 ? static_cast<int>(tile.cols - col) : 4;
     const bool whole = job.aligned && valid == 4;
     const int64_t first = (job.paired ? first_row >> 1 : first_row) * job.ins + col;
@@ -210,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   }
   if (has_bias) {
     const int64_t row = tile.row + thread, at = job.paired ? row >> 1 : row;
-    const Trained& trained = job.bias[job.paired ? row & 1 : 0];
+    const Trained trained = of_model(here, job.bias[job.paired ? row & 1 : 0]);
     const float sums[4] = {bias_sum};
     Parameters own = {};
     own.load(trained, at, false, 1, p.rule.states);
@@ -225,7 +239,8 @@ int launch_update(const Jobs& jobs, cudaStream_t stream) {
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
     return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(jobs.tiles + (jobs.terms ? 1 : 0)));
+  config.gridDim =
+      dim3(static_cast<unsigned>(jobs.tiles + (jobs.terms ? 1 : 0)), 1, static_cast<unsigned>(jobs.now.models));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
@@ -238,7 +253,7 @@ int launch_update(const Jobs& jobs, cudaStream_t stream) {
 int launch(const Prepare& args, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(ceil_div(args.most_size * args.x_stride / 4, kThreads)),
-                        static_cast<unsigned>(args.count));
+                        static_cast<unsigned>(args.count), static_cast<unsigned>(args.now.models));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   cudaLaunchKernelEx(&config, prepare_kernel, args);
@@ -277,7 +292,7 @@ int launch(const Update& args, const Way& way) {
   jobs.factors = args.factors;
   jobs.terms = args.terms;
   jobs.samples = args.samples;
-  jobs.beta = args.beta;
+  jobs.own = args.own;
   jobs.ll_tiles = args.ll_tiles;
   jobs.kl_tiles = args.kl_tiles;
   jobs.ll_parts = args.ll_parts;
@@ -288,12 +303,12 @@ int launch(const Update& args, const Way& way) {
                                            : launch_update<Precision::fast>(jobs, way.stream);
 }
 
-int advance(int64_t* cursor, int64_t count, cudaStream_t stream) {
+int advance(int64_t* cursor, const Now& now, int64_t count, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(1);
+  config.gridDim = dim3(1, 1, static_cast<unsigned>(now.models));
   config.blockDim = dim3(1);
   config.stream = stream;
-  cudaLaunchKernelEx(&config, advance_kernel, cursor, count);
+  cudaLaunchKernelEx(&config, advance_kernel, cursor, now, count);
   return cudaGetLastError();
 }
 
