@@ -28,6 +28,9 @@ TILES = {
 }
 
 
+(PART_COLS,) = (int(cols) for cols in re.findall(r"kPartCols = (\d+);", PRODUCT.read_text(encoding="utf-8")))
+
+
 @dataclass
 class Launch:
     """C = A B^T over ``ks``, cut into tiles; ``epilogue(rows, cols, C)`` says what a tile's block writes."""
@@ -46,6 +49,13 @@ class Launch:
 def pairs(first: Array, second: Array) -> Array:
     """Rows of two matrices, or elements of two vectors, in turn: Matrix::paired of product.cuh."""
     return np.stack((first, second), axis=1).reshape(2 * len(first), *first.shape[1:])
+
+
+def parts(name: str, r: slice, c: slice, summands: Array) -> Writes:
+    """Sums over each PART_COLS of the columns c; a summand has one of them or, where they are paired, two."""
+    columns = np.arange(c.start, c.stop, (c.stop - c.start) // summands.shape[1])
+    for part in np.unique(columns // PART_COLS):
+        yield name, (part, r), summands[:, columns // PART_COLS == part].sum(1)
 
 
 class Twin:
@@ -128,9 +138,9 @@ class Twin:
         def epilogue(r: slice, c: slice, sums: Array) -> Writes:
             value = sums + self.matrix(biases)[c]
             if out == "encoder.heads":
-                yield from self.latents(r, c, value, size, c.start // tile[1])
+                yield from self.latents(r, c, value, size)
             elif out == "decoder.output":
-                yield from self.output(r, c, value, size, c.start // tile[1])
+                yield from self.output(r, c, value, size)
             else:
                 yield out, (r, c), np.tanh(value) if self.activation == "tanh" else np.maximum(value, 0)
 
@@ -145,30 +155,28 @@ class Twin:
             writes,
         )
 
-    def latents(self, r: slice, c: slice, heads: Array, size: int, column: int) -> Writes:
+    def latents(self, r: slice, c: slice, heads: Array, size: int) -> Writes:
         mu, logvar = heads[:, 0::2], heads[:, 1::2]
         latents = slice(c.start // 2, c.stop // 2)
-        kl = (
-            np.zeros(len(mu))
-            if self.estimator == "sgvb_a"
-            else 0.5 * (mu**2 + np.expm1(logvar) - logvar).sum(1)
-        )
+        kl = 0.5 * (mu**2 + np.expm1(logvar) - logvar)
+        if self.estimator == "sgvb_a":
+            kl[:] = 0
         for sample in range(self.samples):
             at = (slice(sample * size + r.start, sample * size + r.stop), latents)
             eps = self.memory["eps"][at]
             z = mu + np.exp(logvar / 2) * eps
             if self.estimator == "sgvb_a":
-                kl += 0.5 * (z**2 - eps**2 - logvar).sum(1) / self.samples
+                kl += 0.5 * (z**2 - eps**2 - logvar) / self.samples
             yield "z", at, z
         yield "encoder.heads", (r, c), heads
-        yield "kl_parts", (column, r), kl
+        yield from parts("kl_parts", r, c, kl)
 
-    def output(self, r: slice, c: slice, value: Array, size: int, column: int) -> Writes:
+    def output(self, r: slice, c: slice, value: Array, size: int) -> Writes:
         data = np.arange(r.start, r.stop) % size
         if self.likelihood == "bernoulli":
             x = self.memory["x"][data, c]
             y = 1 / (1 + np.exp(-value))
-            yield "ll_parts", (column, r), (x * value - np.logaddexp(0, value)).sum(1)
+            yield from parts("ll_parts", r, c, x * value - np.logaddexp(0, value))
             yield "grad decoder.output", (r, c), x - y
             return
         x = self.memory["x"][data, c.start // 2 : c.stop // 2]
@@ -180,7 +188,7 @@ class Twin:
         grad = np.empty_like(value)
         grad[:, 0::2] = residual * (mean * (1 - mean) if sigmoid else 1)
         grad[:, 1::2] = 0.5 * ((x - mean) * residual - 1)
-        yield "ll_parts", (column, r), log_likelihood.sum(1)
+        yield from parts("ll_parts", r, c, log_likelihood)
         yield "grad decoder.output", (r, c), grad
 
     def backward(self, half: str, i: int, source: str, rows: int) -> Launch:
@@ -309,9 +317,9 @@ class Twin:
                 shapes[out] = shapes[f"grad {out}"] = (rows[half], cols)
                 if out == "encoder.heads":
                     shapes["z"] = (rows["decoder"], cols // 2)
-                    shapes["kl_parts"] = (-(-cols // TILES["Narrow"][1]), size)
+                    shapes["kl_parts"] = (-(-cols // PART_COLS), size)
                 if out == "decoder.output":
-                    shapes["ll_parts"] = (-(-cols // self.tile(rows[half], cols)[1]), rows[half])
+                    shapes["ll_parts"] = (-(-cols // PART_COLS), rows[half])
         del shapes["decoder.output"]  # the logits are never stored
         self.memory.update({name: np.full(shape, np.nan) for name, shape in shapes.items()})
 

@@ -383,12 +383,14 @@ def test_steps_on_a_gpu_leave_what_the_reference_leaves(name: str) -> None:
 
 
 SWEPT = ("three samples", "SGVB-A, three samples", "Gaussian straight from z", "large tiles")
-SWEPT += ("no hidden layers", "dynamic", "SGD with momentum", "AdamW")
+SWEPT += ("no hidden layers", "dynamic", "SGD with momentum", "AdamW", "three samples, fast")
 
 
 def swept(name: str) -> list[Case]:
     """Models to be trained side by side: other latents, more and fewer than a tile has, beta and lr."""
-    case = CASES[name]
+    # With three multiprocessors one model is done in small tiles, the three in large ones.
+    case = {**CASES, **FAST}[name]
+    case = replace(case, multiprocessors=min(case.multiprocessors, 3))
     lr = case.options["lr"]
     rates = (lr, lr, lr) if case.optimizer == "adamw" else (lr, lr / 2, lr / 3)
     kinds = zip((case.latent_dim, case.latent_dim + 17, 1), (case.beta, 0.5, 2.0), rates, strict=True)

@@ -91,7 +91,7 @@ struct HiddenForward {
 int launch(const HiddenForward& args, const Way& way);
 
 // mu, logvar = in weight^T + bias;  z_l = mu + exp(logvar / 2) eps_l, eps element (l B + b) Z + j of the noise seed;
-// the summands of KL(q || p), or with SGVB-A of 1/L sum_l [log q(z_l|x) - log p(z_l)], added up over a tile's latents.
+// the summands of KL(q || p), or with SGVB-A of 1/L sum_l [log q(z_l|x) - log p(z_l)], added up over parts of columns.
 struct LatentForward {
   Now now;
   Estimator estimator;
@@ -103,14 +103,14 @@ struct LatentForward {
   int64_t heads_stride;
   float *z, *eps;  // [L B, z_stride] each
   int64_t z_stride;
-  float* kl_parts;  // [tiles of columns, parts_stride >= B]
+  float* kl_parts;  // [parts of columns, parts_stride >= B]
   int64_t parts_stride;
   const Own* own;  // [1]
 };
 int launch(const LatentForward& args, const Way& way);
 
-// logits, or mean and logvar, of the last layer, which stay in registers; log p(x|z) added up over a tile's features,
-// and its gradient in them: [L B, D], or [L B, 2 D] as mean_0, logvar_0, mean_1, ...
+// logits, or mean and logvar, of the last layer, which stay in registers; log p(x|z) added up over parts of
+// columns, and its gradient in them: [L B, D], or [L B, 2 D] as mean_0, logvar_0, mean_1, ...
 //   100 x 500 -> 784: as the hidden layer above; writes B D floats of gradient.
 struct OutputForward {
   Now now;
@@ -123,7 +123,7 @@ struct OutputForward {
   int64_t x_stride;
   float* grad;  // [L B, grad_stride]
   int64_t grad_stride;
-  float* ll_parts;  // [tiles of columns, parts_stride >= L B]
+  float* ll_parts;  // [parts of columns, parts_stride >= L B]
   int64_t parts_stride;
 };
 int launch(const OutputForward& args, const Way& way);
@@ -189,7 +189,7 @@ struct Update {
   float* terms;                // [steps, 3], or null: no terms in this launch
   int64_t samples;             // L
   const Own* own;              // [1]
-  int64_t ll_tiles, kl_tiles;
+  int64_t ll_rows, kl_rows;    // of the parts
   const float *ll_parts, *kl_parts;
   int64_t ll_stride, kl_stride;
 };
@@ -198,9 +198,8 @@ int launch(const Update& args, const Way& way);
 // Moves the cursors of now's models on by `count` steps.
 int advance(int64_t* cursor, const Now& now, int64_t count, cudaStream_t stream);
 
-// Tiles of columns that OutputForward cuts `cols` columns (a Gaussian's count double) into, and LatentForward its own.
-int64_t output_tiles(int64_t most_rows, int64_t cols, int multiprocessors);
-int64_t latent_tiles(int64_t latents);
+// Parts of `cols` columns (a Gaussian's and the latents' count double), each of which the forward kernels add up.
+int64_t column_parts(int64_t cols);
 
 }  // namespace engine
 }  // namespace vae_fast

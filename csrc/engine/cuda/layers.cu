@@ -31,12 +31,12 @@ struct KeepFour {
 
 // An epilogue has, for each four of C that a thread gets, a State:
 //   add(here, state, sample, row, col, v)  with kAddsSamples: takes the sums v, once for every sample
-//   finish(here, state, row, col)          writes; returns what is to be added up over the tile's columns
+//   finish(here, state, row, col)          writes; returns what is to be added up over columns
 //   move(here)                             to the block's model: all pointers
-// and `parts`, where those sums go, [tiles of columns, parts_stride], unless kSums is false. Without kAddsSamples the
+// and `parts`, where those sums go, [parts of columns, parts_stride], unless kSums is false. Without kAddsSamples the
 // state is a KeepFour, which has the sums. Both are called for fours inside the matrix only.
 template <Precision kPrecision, class Shape, bool kBByRow, class Epilogue>
-__global__ void __launch_bounds__(Shape::kThreads, Epilogue::kAddsSamples ? 1 : 2)
+__global__ void __launch_bounds__(Shape::kThreads, Epilogue::kAddsSamples || Shape::kThreads > 256 ? 1 : 2)
     product_kernel(const __grid_constant__ Product<Epilogue> p) {
   float* memory = dynamic_shared();
   const Here here(p.now);
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Epilogue::kAddsSamples ? 1 : 
     float sum = 0.0f;
     if (inside) sum = epilogue.finish(here, state[i], row, col);
     if constexpr (Epilogue::kSums) {
-      sum = sum_over_tile_row<Shape>(sum);
-      if (inside && col == tile.col) epilogue.parts[blockIdx.x * epilogue.parts_stride + row] = sum;
+      sum = sum_over_part(sum);
+      if (inside && col % kPartCols == 0) epilogue.parts[col / kPartCols * epilogue.parts_stride + row] = sum;
     }
   }
 }
@@ -301,10 +301,9 @@ struct DeriveLatents {
 
 // --- the launches ----------------------------------------------------------------------------------------------------
 
-// By one model's size, so that its sums have the same order alone and among others. Products as wide as the latents are
-// narrow always: so padding does not change their order.
-bool wide(int64_t most_rows, int64_t cols, int multiprocessors) {
-  return ceil_div(most_rows, Wide::kRows) * ceil_div(cols, Wide::kCols) >= multiprocessors;
+// Whether tiles of 64 x 64 of `models` models are enough for all multiprocessors
+bool fills(int64_t models, int64_t most_rows, int64_t cols, int multiprocessors) {
+  return models * ceil_div(most_rows, Wide::kRows) * ceil_div(cols, Wide::kCols) >= multiprocessors;
 }
 
 template <Precision kPrecision, class Shape, bool kBByRow, class Epilogue>
@@ -324,26 +323,24 @@ int launch_shape(const Product<Epilogue>& product, const Way& way) {
   return cudaGetLastError();
 }
 
-template <bool kBByRow, class Epilogue>
-int launch_narrow(const Product<Epilogue>& p, const Way& way) {
-  return way.precision == Precision::exact ? launch_shape<Precision::exact, Narrow, kBByRow>(p, way)
-                                           : launch_shape<Precision::fast, Narrow, kBByRow>(p, way);
+template <class Shape, bool kBByRow, class Epilogue>
+int launch_product(const Product<Epilogue>& p, const Way& way) {
+  return way.precision == Precision::exact ? launch_shape<Precision::exact, Shape, kBByRow>(p, way)
+                                           : launch_shape<Precision::fast, Shape, kBByRow>(p, way);
 }
 
+// The order of a sum goes by one model's size, so that a model's bits are the same alone and among others. Products as
+// wide as the latents are narrow always, lest padding change them.
 template <bool kBByRow, class Epilogue>
 int launch_product(const Product<Epilogue>& p, const Way& way) {
-  if (!wide(way.most_rows, p.cols, way.multiprocessors)) return launch_narrow<kBByRow>(p, way);
-  return way.precision == Precision::exact ? launch_shape<Precision::exact, Wide, kBByRow>(p, way)
-                                           : launch_shape<Precision::fast, Wide, kBByRow>(p, way);
+  if (fills(1, way.most_rows, p.cols, way.multiprocessors)) return launch_product<Wide, kBByRow>(p, way);
+  if (fills(p.now.models, way.most_rows, p.cols, way.multiprocessors)) return launch_product<Broad, kBByRow>(p, way);
+  return launch_product<Narrow, kBByRow>(p, way);
 }
 
 }  // namespace
 
-int64_t output_tiles(int64_t most_rows, int64_t cols, int multiprocessors) {
-  return ceil_div(cols, wide(most_rows, cols, multiprocessors) ? Wide::kCols : Narrow::kCols);
-}
-
-int64_t latent_tiles(int64_t latents) { return ceil_div(2 * latents, Narrow::kCols); }
+int64_t column_parts(int64_t cols) { return ceil_div(cols, kPartCols); }
 
 int launch(const HiddenForward& args, const Way& way) {
   const ActivateHidden epilogue{args.bias, args.outs, args.activation, args.out, args.out_stride};
@@ -357,10 +354,10 @@ int launch(const LatentForward& args, const Way& way) {
   const DrawLatents epilogue{args.bias_mu,   args.bias_logvar, args.samples,      args.latents, args.now.seeds,
                              args.estimator, args.heads,       args.heads_stride, args.z,       args.eps,
                              args.z_stride,  args.kl_parts,    args.parts_stride, args.own};
-  return launch_narrow<true>(Product<DrawLatents>{args.now, matrix_of(args.in, args.in_stride),
-                                                  matrix_of(args.weight_mu, args.ins, args.weight_logvar), 1,
-                                                  2 * args.latents, args.ins, epilogue},
-                             way);
+  return launch_product<Narrow, true>(Product<DrawLatents>{args.now, matrix_of(args.in, args.in_stride),
+                                                           matrix_of(args.weight_mu, args.ins, args.weight_logvar), 1,
+                                                           2 * args.latents, args.ins, epilogue},
+                                      way);
 }
 
 int launch(const OutputForward& args, const Way& way) {
@@ -393,7 +390,7 @@ int launch(const HiddenBackward& args, const Way& way) {
 int launch(const LatentBackward& args, const Way& way) {
   const DeriveLatents epilogue{args.estimator, args.samples, args.latents,  args.heads,      args.heads_stride,
                                args.z,         args.eps,     args.z_stride, args.grad_heads, args.own};
-  return launch_narrow<false>(
+  return launch_product<Narrow, false>(
       Product<DeriveLatents>{args.now, matrix_of(args.grad, args.grad_stride),
                              matrix_of(args.weight.first, args.weight.stride, args.weight.second), args.samples,
                              args.latents, args.outs, epilogue},

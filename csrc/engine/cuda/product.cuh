@@ -39,6 +39,10 @@ struct TileShape {
 //                    rows cols depth  warps m n k  stages   shared memory
 using Narrow = TileShape<32, 32, 64, 1, 2, 4, 5>;  //        92,160 bytes; batch 100, 500 wide: 64 blocks
 using Wide = TileShape<64, 64, 32, 2, 2, 2, 4>;    //        81,920 bytes (updates 69,632); where it fills the GPU
+using Broad = TileShape<64, 64, 64, 2, 2, 4, 2>;   //        73,728 bytes; for many models, in place of Narrow,
+static_assert(Broad::kDepth == Narrow::kDepth && Broad::kWarpsK == Narrow::kWarpsK);  // whose sums' order it has
+
+constexpr int kPartCols = 32;  // what is added up over columns is so over so many, whatever the tile
 
 // A matrix of float in global memory. With `paired`, row r is row r / 2 of first or, for odd r, of second: mu and
 // logvar of a latent, or of a feature, then stand side by side in the product, in one thread.
@@ -296,11 +300,10 @@ struct Four {
   }
 };
 
-// The sum over the lanes that hold a row of a tile, in a fixed order; all of a warp call it.
-template <class Shape>
-__device__ __forceinline__ float sum_over_tile_row(float value) {
+// The sum over the lanes that hold kPartCols of a row, in a fixed order; all of a warp call it.
+__device__ __forceinline__ float sum_over_part(float value) {
 #pragma unroll
-  for (int offset = Shape::kCols / 8; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = kPartCols / 8; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
 }
 

@@ -85,8 +85,8 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
   }
   const Layer& output = decoder_.back();
   const int64_t output_cols = output.paired ? 2 * output.outs : output.outs;
-  matrix("ll_parts", ll_parts_, output_tiles(decoder_rows, output_cols, multiprocessors_), decoder_rows, ll_stride_);
-  matrix("kl_parts", kl_parts_, latent_tiles(network_.latent_dim), most_size_, kl_stride_);
+  matrix("ll_parts", ll_parts_, column_parts(output_cols), decoder_rows, ll_stride_);
+  matrix("kl_parts", kl_parts_, column_parts(2 * network_.latent_dim), most_size_, kl_stride_);
   parameters_ = models_[0].parameters;
   if (models() > 1) {
     const auto shapes = parameter_shapes(network_);
@@ -192,8 +192,8 @@ int Schedule::launch_update(int64_t offset, const float* x, const Way& way) {
   update.samples = objective_.num_samples;
   update.own = own_;
   const Layer& output = decoder_.back();
-  update.ll_tiles = output_tiles(way.most_rows, output.paired ? 2 * output.outs : output.outs, multiprocessors_);
-  update.kl_tiles = latent_tiles(network_.latent_dim);
+  update.ll_rows = column_parts(output.paired ? 2 * output.outs : output.outs);
+  update.kl_rows = column_parts(2 * network_.latent_dim);
   update.ll_parts = ll_parts_;
   update.kl_parts = kl_parts_;
   update.ll_stride = ll_stride_;

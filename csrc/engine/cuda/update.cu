@@ -79,7 +79,7 @@ struct Jobs {
   float* terms;
   int64_t samples;
   const Own* own;
-  int64_t ll_tiles, kl_tiles;
+  int64_t ll_rows, kl_rows;
   const float *ll_parts, *kl_parts;
   int64_t ll_stride, kl_stride;
 };
@@ -134,12 +134,12 @@ struct Parameters {
   }
 };
 
-// The sum of parts[t * stride + r] over tiles t and rows r, by one block: a thread's rows one after another, then the
+// The sum of parts[t * stride + r] over t < count and rows r, by one block: a thread's rows one after another, then the
 // threads in a tree.
-__device__ double sum_of_parts(const float* parts, int64_t tiles, int64_t rows, int64_t stride, double* scratch) {
+__device__ double sum_of_parts(const float* parts, int64_t count, int64_t rows, int64_t stride, double* scratch) {
   double sum = 0.0;
   for (int64_t r = threadIdx.x; r < rows; r += kThreads) {
-    for (int64_t t = 0; t < tiles; ++t) sum += parts[t * stride + r];
+    for (int64_t t = 0; t < count; ++t) sum += parts[t * stride + r];
   }
   __syncthreads();
   scratch[threadIdx.x] = sum;
@@ -154,9 +154,8 @@ __device__ double sum_of_parts(const float* parts, int64_t tiles, int64_t rows, 
 __device__ void write_terms(const Jobs& p, const Here& here, double* scratch) {
   const int64_t rows = here.size * p.samples;
   const float *ll_parts = here.of_model(p.ll_parts), *kl_parts = here.of_model(p.kl_parts);
-  const double ll = sum_of_parts(ll_parts, p.ll_tiles, rows, p.ll_stride, scratch) / static_cast<double>(rows);
-  const double kl =
-      sum_of_parts(kl_parts, p.kl_tiles, here.size, p.kl_stride, scratch) / static_cast<double>(here.size);
+  const double ll = sum_of_parts(ll_parts, p.ll_rows, rows, p.ll_stride, scratch) / static_cast<double>(rows);
+  const double kl = sum_of_parts(kl_parts, p.kl_rows, here.size, p.kl_stride, scratch) / static_cast<double>(here.size);
   if (threadIdx.x != 0) return;
   float* terms = here.of_model(p.terms) + 3 * here.step;
   terms[0] = static_cast<float>(ll - static_cast<double>(here.of_model(p.own)->beta) * kl);
@@ -293,8 +292,8 @@ int launch(const Update& args, const Way& way) {
   jobs.terms = args.terms;
   jobs.samples = args.samples;
   jobs.own = args.own;
-  jobs.ll_tiles = args.ll_tiles;
-  jobs.kl_tiles = args.kl_tiles;
+  jobs.ll_rows = args.ll_rows;
+  jobs.kl_rows = args.kl_rows;
   jobs.ll_parts = args.ll_parts;
   jobs.kl_parts = args.kl_parts;
   jobs.ll_stride = args.ll_stride;
