@@ -147,6 +147,8 @@ class NativeEngine(AutogradEngine):
             return f"many steps to a graph, {products}"
         if self.precision == "exact":
             return f"float32 on {_C.cpu_capability()}"
+        if _C.cpu_capability() == "amx":
+            return "bfloat16 products through AMX"
         return "bfloat16 products, emulated in float32: no faster than 'exact' on this processor"
 
     def run(self, n_steps: int) -> Tensor:

@@ -1,4 +1,5 @@
-// The CPU kernels for processors with AVX-512 (F, DQ, BW, VL): vectors of 64 bytes.
+// The CPU kernels for processors with AVX-512 (F, DQ, BW, VL): vectors of 64 bytes; and with AMX, where matrix_unit()
+// says so.
 #include "instruction_sets.h"
 #if VAE_FAST_X86_BUILDS
 #include <immintrin.h>
@@ -16,7 +17,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 #include "../tests/avx512_emulation.h"
 #else
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,amx-tile,amx-bf16")
 #endif
 
 #define VAE_FAST_CAPABILITY avx512

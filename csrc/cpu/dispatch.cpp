@@ -1,5 +1,12 @@
 // Chooses the instruction set once per process and shares a launch among torch's threads.
 #include <ATen/Parallel.h>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -34,7 +41,25 @@ VAE_FAST_DECLARE_ALL
 
 namespace {
 
-enum class Capability { plain, avx2, avx512 };
+enum class Capability { plain, avx2, avx512, amx };  // amx: the kernels of avx512, some of which use it
+
+#if VAE_FAST_X86_BUILDS
+// Whether the processor has AMX's tiles and bfloat16 products, and Linux lets this process use them: it must be asked.
+// Source: the kernel's Documentation/arch/x86/xstate.rst; Intel's Software Developer's Manual, volume 2: CPUID, leaf 7.
+bool has_amx() {
+#if defined(VAE_FAST_EMULATE_AVX512)
+  return true;
+#elif defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kTile = 1u << 24, kBfloat16 = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTile) || !(d & kBfloat16)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Capability best_capability() {
 #if VAE_FAST_X86_BUILDS
@@ -46,7 +71,8 @@ Capability best_capability() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #endif
-  return avx512 ? Capability::avx512 : avx2 ? Capability::avx2 : Capability::plain;
+  if (avx512) return has_amx() ? Capability::amx : Capability::avx512;
+  return avx2 ? Capability::avx2 : Capability::plain;
 #else
   return Capability::plain;
 #endif
@@ -58,13 +84,14 @@ Capability chosen_capability() {
   const char* asked = std::getenv("VAE_FAST_CPU_CAPABILITY");
   if (!asked || !*asked) return best;
   const std::string name(asked);
-  const Capability wanted = name == "avx512" ? Capability::avx512
-                            : name == "avx2" ? Capability::avx2
-                                             : Capability::plain;
+  const Capability wanted = name == "amx"      ? Capability::amx
+                            : name == "avx512" ? Capability::avx512
+                            : name == "avx2"   ? Capability::avx2
+                                               : Capability::plain;
   if ((wanted == Capability::plain && name != "plain") || wanted > best)
     throw std::runtime_error(
         "VAE_FAST_CPU_CAPABILITY: got \"" + name +
-        "\", wanted \"plain\", \"avx2\" or \"avx512\", and one that this processor and build have");
+        "\", wanted \"plain\", \"avx2\", \"avx512\" or \"amx\", and one that this processor and build have");
   return wanted;
 }
 
@@ -78,7 +105,7 @@ auto runner() {
   void (*run)(const Args&, int64_t, int64_t) = plain::run;
 #if VAE_FAST_X86_BUILDS
   if (current() == Capability::avx2) run = avx2::run;
-  if (current() == Capability::avx512) run = avx512::run;
+  if (current() >= Capability::avx512) run = avx512::run;
 #endif
   return run;
 }
@@ -95,6 +122,8 @@ void share(const Args& args, int64_t items, int64_t item_size) {
 
 const char* capability() {
   switch (current()) {
+    case Capability::amx:
+      return "amx";
     case Capability::avx512:
       return "avx512";
     case Capability::avx2:
@@ -125,10 +154,12 @@ VAE_FAST_SHARE_ELEMENTS(BernoulliBackward)
 
 void launch(const PhiloxNormal& a) { share(a, a.count, 1); }
 
+bool matrix_unit() { return current() == Capability::amx; }
+
 TileShape tile() {
 #if VAE_FAST_X86_BUILDS
   if (current() == Capability::avx2) return avx2::tile_shape();
-  if (current() == Capability::avx512) return avx512::tile_shape();
+  if (current() >= Capability::avx512) return avx512::tile_shape();
 #endif
   return plain::tile_shape();
 }

@@ -1,5 +1,6 @@
 // Matrix products of the training step, on tiles of kTileRows x kPanel elements that stay in registers. Included by
-// the file of each instruction set, after kernels.inl.
+// the file of each instruction set, after kernels.inl. What a part of the step takes its tiles from is a class: of
+// vectors here, of a matrix unit in amx.inl.
 //
 // Weights live in panels: kPanel outputs side by side, one row of them for every input, so that a tile reads them in
 // order. All other operands are row-major with a leading dimension, and are read where they lie.
@@ -44,20 +45,23 @@ VAE_FAST_INLINE VF in_every_lane(float a) {
 #endif
 }
 
-struct Tile {
-  VF sum[kTileRows][2];
+template <int kRows_>
+struct TileOf {
+  static constexpr int kRows = kRows_;
+  alignas(64) VF sum[kRows][2];
   VAE_FAST_INLINE void zero() {
     for (auto& row : sum) row[0] = row[1] = VF{};
   }
-  VAE_FAST_INLINE void load(const float* from, int64_t ld) {
-    for (int i = 0; i < kTileRows; ++i)
+  VAE_FAST_INLINE void load(const float* from, int64_t ld, int64_t rows = kRows) {
+    for (int64_t i = 0; i < rows; ++i)
       for (int j = 0; j < 2; ++j) sum[i][j] = to_floats(from + i * ld + j * kLanes);
   }
-  VAE_FAST_INLINE void store(float* to, int64_t ld) const {
-    for (int i = 0; i < kTileRows; ++i)
+  VAE_FAST_INLINE void store(float* to, int64_t ld, int64_t rows = kRows) const {
+    for (int64_t i = 0; i < rows; ++i)
       for (int j = 0; j < 2; ++j) from_floats(to + i * ld + j * kLanes, sum[i][j]);
   }
 };
+using Tile = TileOf<kTileRows>;
 
 // The terms of a sum one after another, or those that a list names, less `base`
 struct EveryTerm {
@@ -128,6 +132,88 @@ VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const fl
 VAE_FAST_INLINE void prefetch(const float* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i);
 }
+
+VAE_FAST_INLINE float* at(Matrix m, int64_t row, int64_t column) { return m.data + row * m.ld + column; }
+
+// --- tiles of the three products of a layer --------------------------------------------------------------------------
+
+// Rows of a product at a time: so many of the left operand stay in the second-level cache while all panels pass.
+constexpr int64_t kRowBlock = 120;  // a multiple of every tile's rows
+static_assert(kRowBlock % kTileRows == 0);
+
+// Tiles of `in` W: rows of `in` by a panel's outputs
+struct VectorForward {
+  using Tile = cpu::VAE_FAST_CAPABILITY::Tile;
+  static constexpr int64_t kDepth = 1024;  // terms of a sum before it is stored
+  const Forward& a;
+  const float* panel = nullptr;
+  int64_t first = 0, panel_rows, next = 0;
+
+  explicit VectorForward(const Forward& part) : a(part), panel_rows(round_up(part.inputs, kPanel)) {}
+  VAE_FAST_INLINE void begin(int64_t first_row, int64_t last_row, int64_t p) {
+    first = first_row;
+    panel = a.weight + p * panel_rows * kPanel;
+    next = p + 1 < a.panels ? a.inputs * kTileRows / (last_row - first_row) : 0;  // rows of the next panel, per tile
+  }
+  VAE_FAST_INLINE void multiply(Tile& tile, int64_t row, int64_t k, int64_t depth) {
+    prefetch(panel + (panel_rows + (row - first) / kTileRows * next) * kPanel, next * kPanel * 4);
+    cpu::VAE_FAST_CAPABILITY::multiply<false>(tile, at(a.in, row, k), a.in.ld, panel + k * kPanel, k, depth,
+                                              a.nonzero ? a.nonzero + row / kTileRows : nullptr);
+  }
+};
+
+typedef float Quad __attribute__((vector_size(16)));
+
+// to[n][k] = from[k][n], 4 x 4 elements
+template <int kFromLd, int kToLd>
+VAE_FAST_INLINE void transpose4(const float* from, float* to) {
+  Quad r[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], from + i * kFromLd, sizeof r[i]);
+  typedef int32_t Order __attribute__((vector_size(16)));
+  const Quad a = __builtin_shuffle(r[0], r[1], Order{0, 4, 1, 5}), b = __builtin_shuffle(r[2], r[3], Order{0, 4, 1, 5});
+  const Quad c = __builtin_shuffle(r[0], r[1], Order{2, 6, 3, 7}), d = __builtin_shuffle(r[2], r[3], Order{2, 6, 3, 7});
+  r[0] = __builtin_shuffle(a, b, Order{0, 1, 4, 5}), r[1] = __builtin_shuffle(a, b, Order{2, 3, 6, 7});
+  r[2] = __builtin_shuffle(c, d, Order{0, 1, 4, 5}), r[3] = __builtin_shuffle(c, d, Order{2, 3, 6, 7});
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * kToLd, &r[i], sizeof r[i]);
+}
+
+// Tiles of grad_out W^T: rows of grad_out by kPanel inputs
+struct VectorInputGradient {
+  using Tile = cpu::VAE_FAST_CAPABILITY::Tile;
+  static constexpr int64_t kDepth = 512;
+  const InputGradient& a;
+  int64_t panel_rows, column = 0;
+  alignas(64) float part[kDepth * kPanel];  // of W^T: outputs down, kPanel inputs across
+
+  explicit VectorInputGradient(const InputGradient& part) : a(part), panel_rows(round_up(part.inputs, kPanel)) {}
+  VAE_FAST_INLINE void begin(int64_t, int64_t, int64_t first_input) { column = first_input; }
+  VAE_FAST_INLINE void take_outputs(int64_t n, int64_t depth) {
+    for (int64_t i = 0; i < depth; i += kPanel) {
+      const float* square = a.weight + (n + i) * panel_rows + column * kPanel;
+      for (int64_t down = 0; down < kPanel; down += 4)
+        for (int64_t across = 0; across < kPanel; across += 4)
+          transpose4<kPanel, kPanel>(square + across * kPanel + down, part + (i + down) * kPanel + across);
+    }
+  }
+  VAE_FAST_INLINE void multiply(Tile& tile, int64_t row, int64_t n, int64_t depth) {
+    cpu::VAE_FAST_CAPABILITY::multiply<false>(tile, at(a.grad_out, row, n), a.grad_out.ld, part, depth, EveryTerm{});
+  }
+};
+
+// Tiles of in^T grad_out: inputs by a panel's outputs
+struct VectorWeightGradient {
+  using Tile = cpu::VAE_FAST_CAPABILITY::Tile;
+  const WeightGradient& a;
+  const float* grad_out = nullptr;
+
+  explicit VectorWeightGradient(const WeightGradient& part) : a(part) {}
+  VAE_FAST_INLINE void begin(int64_t, int64_t) {}
+  VAE_FAST_INLINE void take_panel(const float* panel_of_grad_out, int64_t) { grad_out = panel_of_grad_out; }
+  VAE_FAST_INLINE void multiply(Tile& tile, int64_t k, int64_t row, int64_t depth) {
+    cpu::VAE_FAST_CAPABILITY::multiply<true>(tile, at(a.in, row, k), a.in.ld, grad_out, row, depth,
+                                             a.nonzero ? a.nonzero + k / kTileRows : nullptr);
+  }
+};
 
 }  // namespace
 }  // namespace VAE_FAST_CAPABILITY

@@ -6,6 +6,9 @@
 #include "../math/optimizer.h"
 #include "../math/splitmix.h"
 #include "matmul.inl"
+#if VAE_FAST_VECTOR_BYTES == 64
+#include "amx.inl"
+#endif
 #include "training.h"
 
 namespace vae_fast {
@@ -13,10 +16,7 @@ namespace cpu {
 namespace VAE_FAST_CAPABILITY {
 namespace {
 
-// Rows of a product at a time: so many of the left operand stay in the second-level cache while all panels pass.
-constexpr int64_t kRowBlock = 120;                                           // a multiple of every tile's rows
-constexpr int64_t kForwardDepth = 1024, kInputDepth = 512, kRowDepth = 256;  // terms of a sum before it is stored
-static_assert(kRowBlock % kTileRows == 0);
+constexpr int64_t kRowDepth = 256;  // rows that are summed up before a gradient is stored
 
 // The nearest bfloat16, as a float: what a matrix unit would read
 VAE_FAST_INLINE VF to_bfloat16(VF v) {
@@ -24,8 +24,6 @@ VAE_FAST_INLINE VF to_bfloat16(VF v) {
   return v != v ? v : (VF)((u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u);
 }
 VAE_FAST_INLINE VF rounded(VF v, bool fast) { return fast ? to_bfloat16(v) : v; }
-
-VAE_FAST_INLINE float* at(Matrix m, int64_t row, int64_t column) { return m.data + row * m.ld + column; }
 
 // --- the minibatch ---------------------------------------------------------------------------------------------------
 
@@ -89,10 +87,18 @@ void run_part(const FindZeros& a, int64_t begin, int64_t end) {
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
+// Of a tile from `row` on, those rows of a block that ends at `last` which the matrix has room for
+template <class Tile>
+VAE_FAST_INLINE int64_t rows_of(int64_t row, int64_t last) {
+  return Tile::kRows == kTileRows ? kTileRows : min(Tile::kRows, round_up(last, kTileRows) - row);
+}
+
 // The gradient in the logits of a tile and, returned, its log-likelihood
-VAE_FAST_INLINE double bernoulli_epilogue(const Forward& a, const Tile& tile, int64_t row, int64_t column) {
+template <class Tile>
+VAE_FAST_INLINE double bernoulli_epilogue(const Forward& a, const Tile& tile, int64_t row, int64_t last,
+                                          int64_t column) {
   double total = 0;
-  const int64_t rows = min(kTileRows, a.rows - row);
+  const int64_t rows = min(Tile::kRows, last - row);
   for (int j = 0; j < 2; ++j, column += kLanes) {
     const int64_t n = a.outputs - column;
     if (n <= 0) {
@@ -115,9 +121,11 @@ VAE_FAST_INLINE double bernoulli_epilogue(const Forward& a, const Tile& tile, in
   return total;
 }
 
-VAE_FAST_INLINE void activation_epilogue(const Forward& a, const Tile& tile, int64_t row, int64_t column) {
+template <class Tile>
+VAE_FAST_INLINE void activation_epilogue(const Forward& a, const Tile& tile, int64_t row, int64_t last,
+                                         int64_t column) {
   const VF scale = in_every_lane(column < a.logvar_panel * kPanel ? 1 : a.logvar_scale);
-  for (int i = 0; i < kTileRows; ++i) {
+  for (int64_t i = 0; i < rows_of<Tile>(row, last); ++i) {
     for (int j = 0; j < 2; ++j) {
       const int64_t c = column + j * kLanes;
       VF v = scale * tile.sum[i][j] + to_floats(a.bias + c);
@@ -128,32 +136,37 @@ VAE_FAST_INLINE void activation_epilogue(const Forward& a, const Tile& tile, int
   }
 }
 
-void run_part(const Forward& a, int64_t begin, int64_t end) {
-  const int64_t panel_rows = round_up(a.inputs, kPanel);
+template <class Product>
+void forward(const Forward& a, int64_t begin, int64_t end) {
+  Product product(a);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item / a.panels * kRowBlock, last = min(a.rows, first + kRowBlock);
     const int64_t p = item % a.panels;
-    const float* panel = a.weight + p * panel_rows * kPanel;
-    const int64_t ahead = p + 1 < a.panels ? a.inputs * kTileRows / (last - first) : 0;  // rows of the next, per tile
+    product.begin(first, last, p);
     double log_likelihood = 0;
-    in_parts(a.inputs, kForwardDepth, 1, [&](int64_t k, int64_t depth) {
-      for (int64_t row = first; row < last; row += kTileRows) {
-        Tile tile;
+    in_parts(a.inputs, Product::kDepth, 1, [&](int64_t k, int64_t depth) {
+      for (int64_t row = first; row < last; row += Product::Tile::kRows) {
+        typename Product::Tile tile;
         k == 0 ? tile.zero() : tile.load(at(a.out, row, p * kPanel), a.out.ld);
-        prefetch(panel + (panel_rows + (row - first) / kTileRows * ahead) * kPanel, ahead * kPanel * 4);
-        multiply<false>(tile, at(a.in, row, k), a.in.ld, panel + k * kPanel, k, depth,
-                        a.nonzero ? a.nonzero + row / kTileRows : nullptr);
+        product.multiply(tile, row, k, depth);
         if (k + depth < a.inputs) {
           tile.store(at(a.out, row, p * kPanel), a.out.ld);
         } else if (a.epilogue == Epilogue::bernoulli) {
-          log_likelihood += bernoulli_epilogue(a, tile, row, p * kPanel);
+          log_likelihood += bernoulli_epilogue(a, tile, row, last, p * kPanel);
         } else {
-          activation_epilogue(a, tile, row, p * kPanel);
+          activation_epilogue(a, tile, row, last, p * kPanel);
         }
       }
     });
     if (a.log_likelihood) a.log_likelihood[item] = log_likelihood;
   }
+}
+
+void run_part(const Forward& a, int64_t begin, int64_t end) {
+#if VAE_FAST_VECTOR_BYTES == 64
+  if (a.fast && matrix_unit()) return forward<AmxForward>(a, begin, end);
+#endif
+  forward<VectorForward>(a, begin, end);
 }
 
 void run_part(const GaussianLoss& a, int64_t begin, int64_t end) {
@@ -246,40 +259,24 @@ void run_part(const LatentBackward& a, int64_t begin, int64_t end) {
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-typedef float Quad __attribute__((vector_size(16)));
-
-// to[n][k] = from[k][n], 4 x 4 elements
-VAE_FAST_INLINE void transpose4(const float* from, float* to) {
-  Quad r[4];
-  for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], from + i * kPanel, sizeof r[i]);
-  typedef int32_t Order __attribute__((vector_size(16)));
-  const Quad a = __builtin_shuffle(r[0], r[1], Order{0, 4, 1, 5}), b = __builtin_shuffle(r[2], r[3], Order{0, 4, 1, 5});
-  const Quad c = __builtin_shuffle(r[0], r[1], Order{2, 6, 3, 7}), d = __builtin_shuffle(r[2], r[3], Order{2, 6, 3, 7});
-  r[0] = __builtin_shuffle(a, b, Order{0, 1, 4, 5}), r[1] = __builtin_shuffle(a, b, Order{2, 3, 6, 7});
-  r[2] = __builtin_shuffle(c, d, Order{0, 1, 4, 5}), r[3] = __builtin_shuffle(c, d, Order{2, 3, 6, 7});
-  for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * kPanel, &r[i], sizeof r[i]);
-}
-
-void run_part(const InputGradient& a, int64_t begin, int64_t end) {
-  const int64_t panel_rows = round_up(a.inputs, kPanel), in_panels = panel_rows / kPanel;
-  alignas(64) float part[kInputDepth * kPanel];  // of W^T: outputs down, kPanel inputs across
+template <class Product>
+void input_gradient(const InputGradient& a, int64_t begin, int64_t end) {
+  const int64_t in_panels = (a.inputs + kPanel - 1) / kPanel, outputs = a.panels * kPanel;
+  Product product(a);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item / in_panels * kRowBlock, last = min(a.rows, first + kRowBlock);
-    const int64_t column = item % in_panels * kPanel, outputs = a.panels * kPanel;
-    in_parts(outputs, kInputDepth, kPanel, [&](int64_t n, int64_t depth) {
-      for (int64_t i = 0; i < depth; i += kPanel) {
-        const float* square = a.weight + (n + i) * panel_rows + column * kPanel;
-        for (int64_t down = 0; down < kPanel; down += 4)
-          for (int64_t across = 0; across < kPanel; across += 4)
-            transpose4(square + across * kPanel + down, part + (i + down) * kPanel + across);
-      }
-      for (int64_t row = first; row < last; row += kTileRows) {
+    const int64_t column = item % in_panels * kPanel;
+    product.begin(first, last, column);
+    in_parts(outputs, Product::kDepth, kPanel, [&](int64_t n, int64_t depth) {
+      product.take_outputs(n, depth);
+      for (int64_t row = first; row < last; row += Product::Tile::kRows) {
+        const int64_t rows = rows_of<typename Product::Tile>(row, last);
         float* to = at(a.grad_in, row, column);
-        Tile tile;
-        n == 0 ? tile.zero() : tile.load(to, a.grad_in.ld);
-        multiply<false>(tile, at(a.grad_out, row, n), a.grad_out.ld, part, depth, EveryTerm{});
+        typename Product::Tile tile;
+        n == 0 ? tile.zero() : tile.load(to, a.grad_in.ld, rows);
+        product.multiply(tile, row, n, depth);
         if (n + depth == outputs && a.activation != Epilogue::none) {
-          for (int i = 0; i < kTileRows; ++i) {
+          for (int64_t i = 0; i < rows; ++i) {
             for (int j = 0; j < 2; ++j) {
               const VF h = to_floats(at(a.in, row + i, column + j * kLanes));
               const VF slope = a.activation == Epilogue::tanh ? tanh_derivative(h) : relu_derivative(h);
@@ -287,10 +284,17 @@ void run_part(const InputGradient& a, int64_t begin, int64_t end) {
             }
           }
         }
-        tile.store(to, a.grad_in.ld);
+        tile.store(to, a.grad_in.ld, rows);
       }
     });
   }
+}
+
+void run_part(const InputGradient& a, int64_t begin, int64_t end) {
+#if VAE_FAST_VECTOR_BYTES == 64
+  if (a.fast && matrix_unit()) return input_gradient<AmxInputGradient>(a, begin, end);
+#endif
+  input_gradient<VectorInputGradient>(a, begin, end);
 }
 
 // The optimizer on one vector of parameters
@@ -307,31 +311,35 @@ VAE_FAST_INLINE void update(const WeightGradient& a, float prior, VF g, float* w
 
 VAE_FAST_INLINE float* plus(float* p, int64_t offset) { return p ? p + offset : nullptr; }
 
-void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
+template <class Product>
+void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
+  constexpr int64_t kRows = Product::Tile::kRows;
   const int64_t panel_rows = round_up(a.inputs, kPanel);
   alignas(64) float grad_out[kRowDepth * kPanel];  // a panel's columns of it, side by side
+  Product product(a);
   in_parts(a.rows, kRowDepth, 1, [&](int64_t row, int64_t depth) {
+    product.begin(row, depth);
     for (int64_t p = begin; p < end; ++p) {
       for (int64_t i = 0; i < depth; ++i)
         __builtin_memcpy(grad_out + i * kPanel, at(a.grad_out, row + i, p * kPanel), sizeof(float) * kPanel);
+      product.take_panel(grad_out, depth);
       float* sum = plus(a.sums, p * (panel_rows + kTileRows) * kPanel);
       float* bias_sum = plus(sum, (panel_rows + kTileRows - 1) * kPanel);
       const bool last = row + depth == a.rows;
-      for (int64_t k = 0; k < a.inputs; k += kTileRows) {
-        Tile tile;
+      for (int64_t k = 0; k < a.inputs; k += kRows) {
+        typename Product::Tile tile;
         row == 0 ? tile.zero() : tile.load(sum + k * kPanel, kPanel);
         if (last) {
           const int64_t at = (p * panel_rows + k) * kPanel;
           for (const float* what : {a.weight, a.state[0], a.state[1]})
-            if (what) prefetch(what + at, kTileRows * kPanel * 4);
+            if (what) prefetch(what + at, kRows * kPanel * 4);
         }
-        multiply<true>(tile, at(a.in, row, k), a.in.ld, grad_out, row, depth,
-                       a.nonzero ? a.nonzero + k / kTileRows : nullptr);
+        product.multiply(tile, k, row, depth);
         if (!last) {
           tile.store(sum + k * kPanel, kPanel);
           continue;
         }
-        for (int64_t i = 0; i < min(kTileRows, a.inputs - k); ++i) {
+        for (int64_t i = 0; i < min(kRows, a.inputs - k); ++i) {
           for (int j = 0; j < 2; ++j) {
             const int64_t at = (p * panel_rows + k + i) * kPanel + j * kLanes;
             update(a, a.prior, tile.sum[i][j], a.weight + at, plus(a.state[0], at), plus(a.state[1], at),
@@ -351,6 +359,13 @@ void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
       }
     }
   });
+}
+
+void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
+#if VAE_FAST_VECTOR_BYTES == 64
+  if (a.operand && matrix_unit()) return weight_gradient<AmxWeightGradient>(a, begin, end);
+#endif
+  weight_gradient<VectorWeightGradient>(a, begin, end);
 }
 
 void run_part(const Gather& a, int64_t begin, int64_t end) {
