@@ -229,7 +229,7 @@ def steps_in_bfloat16(path: str) -> None:
     torch.save(found, path)
 
 
-@pytest.mark.skipif(_C.cpu_capability() != "amx", reason="this processor has no matrix unit, or is not to use it")
+@pytest.mark.skipif(_C.cpu_capability() != "amx", reason="no matrix unit, or not to be used")
 def test_a_matrix_unit_rounds_as_vectors_do(tmp_path: Path) -> None:
     found = []
     for capability in ("amx", "avx512"):
@@ -247,7 +247,7 @@ def test_a_matrix_unit_rounds_as_vectors_do(tmp_path: Path) -> None:
     for name in FAST:
         (before, unit), (_, vectors) = found[0][name], found[1][name]
         for key, value in vectors.items():
-            # Sums of another order are rounded to bfloat16 now and then to the other side: an error of 2^-9, in few.
+            # Sums of another order are now and then rounded to the other side: an error of 2^-9, in few.
             error, moved = (unit[key] - value).norm(), (value - before[key]).norm()
             assert moved > 0 and error / moved < 2e-3, (name, key, float(error / moved))
 
