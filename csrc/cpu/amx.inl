@@ -78,8 +78,8 @@ VAE_FAST_INLINE void amx_multiply(const uint32_t* left, const uint32_t* right, i
 
 VAE_FAST_INLINE VU pair_of(VF first, VF second) { return ((VU)first >> 16) | ((VU)second & 0xFFFF0000u); }
 
-// Terms side by side: block i has terms 32 i to 32 i + 31 of 32 rows, of which `rows` are there. Of the terms those that
-// fill up a block are read and must be finite.
+// Terms side by side: block i has terms 32 i to 32 i + 31 of 32 rows, of which `rows` are there. Of the terms those
+// that fill up a block are read and must be finite.
 VAE_FAST_INLINE void pack_left(const float* from, int64_t ld, int64_t rows, int64_t blocks, uint32_t* to) {
   typedef uint32_t Half __attribute__((vector_size(32)));
   for (int64_t block = 0; block < blocks; ++block) {
@@ -105,7 +105,8 @@ VAE_FAST_INLINE void pack_right(const float* from, int64_t ld, int64_t terms, ui
       const int64_t term = block * kAmxTerms + 2 * pair;
       for (int half = 0; half < 2; ++half) {
         const float* first = from + term * ld + half * kLanes;
-        const VU both = pair_of(term < terms ? to_floats(first) : VF{}, term + 1 < terms ? to_floats(first + ld) : VF{});
+        const VU both =
+            pair_of(term < terms ? to_floats(first) : VF{}, term + 1 < terms ? to_floats(first + ld) : VF{});
         __builtin_memcpy(to + half * kAmxBlock / 2 + pair * 16, &both, sizeof both);
       }
     }

@@ -26,7 +26,7 @@ struct TileShape {
   int64_t block;  // a product's rows are cut into so many at a time
   int64_t depth;
 };
-TileShape tile();     // of the instruction set in use
+TileShape tile();    // of the instruction set in use
 bool matrix_unit();  // whether there is one for products of bfloat16 numbers, AMX's
 
 // Which terms of a tile's sum have an element that is not zero, of how many there are: images have large blank margins,
