@@ -33,7 +33,7 @@ FLAGS = (
 
 ACTIVATIONS = ("tanh", "relu")
 LIKELIHOODS = ("bernoulli", "gaussian", "gaussian_sigmoid_mean")
-ESTIMATORS = ("sgvb_b", "sgvb_a")
+ESTIMATORS = ("sgvb_b", "sgvb_a", "wake_sleep")
 OPTIMIZERS = ("sgd", "adagrad", "adam", "adamw")
 PRECISIONS = ("exact", "fast")
 DTYPES = {"f32": 0, "u8": 4, "bits": 5}
@@ -83,6 +83,7 @@ class Description(ctypes.Structure):
         *((name, POINTER) for name in ("encoder_hidden", "decoder_hidden")),
         *((name, INT) for name in ("activation", "likelihood", "estimator", "num_samples", "precision")),
         ("weight_prior", REAL),
+        ("logvar_scale", REAL),
         ("optimizer", INT),
         *((name, REAL) for name in OPTIONS if name != "accumulate_steps"),
         *((name, INT) for name in ("accumulate_steps", "data_dtype", "dynamic", "data_rows", "data_bytes")),
@@ -118,6 +119,7 @@ class EmulatedEngine:
         estimator: str,
         num_samples: int,
         weight_prior: float,
+        logvar_scale: float,
         optimizer: str,
         options: Mapping[str, Any],
         precision: str,
@@ -152,6 +154,7 @@ class EmulatedEngine:
             num_samples=num_samples,
             precision=PRECISIONS.index(precision),
             weight_prior=weight_prior,
+            logvar_scale=logvar_scale,
             optimizer=OPTIMIZERS.index(optimizer),
             data_dtype=DTYPES[data_dtype],
             dynamic=dynamic,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vae_fast import reference
+from vae_fast.algorithms import wake_sleep
 from vae_fast.batches import ArraySource
 from vae_fast.datasets import Prepared
 from vae_fast.engines import AutogradEngine, Plan, StepProgram
@@ -51,6 +52,7 @@ class Case:
     steps: int = 4
     multiprocessors: int = 132
     precision: str = "exact"
+    logvar_scale: float = 1.0
 
 
 CASES = {
@@ -65,6 +67,7 @@ CASES = {
     ),
     "three samples": Case(num_samples=3, beta=0.7, weight_prior=True),
     "SGVB-A": Case(estimator="sgvb_a", beta=1.3, latent_dim=18),
+    "log-variance scale": Case(logvar_scale=0.2, num_samples=2),
     "SGVB-A, three samples": Case(estimator="sgvb_a", num_samples=3),
     "dynamic": Case(kind="dynamic", data_dtype="u8"),
     "dynamic floats": Case(kind="dynamic", data_dtype="f32"),
@@ -89,6 +92,28 @@ CASES = {
         multiprocessors=1,
     ),
 }
+WAKE_SLEEP = {
+    "wake-sleep": Case(estimator="wake_sleep", logvar_scale=0.1, weight_prior=True),
+    "wake-sleep, Gaussian": Case(
+        likelihood="gaussian", mean_activation="sigmoid", estimator="wake_sleep", latent_dim=20
+    ),
+    "wake-sleep, no hidden layers": Case(
+        encoder_hidden=(), decoder_hidden=(), estimator="wake_sleep", likelihood="gaussian", logvar_scale=0.3
+    ),
+    "wake-sleep, two hidden layers, large tiles": Case(
+        130,
+        (70, 33),
+        (66, 35),
+        40,
+        "relu",
+        batch_size=70,
+        count=100,
+        multiprocessors=1,
+        estimator="wake_sleep",
+        optimizer="sgd",
+        options={"lr": 0.01},
+    ),
+}
 # With SGD, whose moves are in proportion to the gradient, where dividing by it magnifies small ones, and with
 # tanh, where a rounded sum near zero does not switch a unit off.
 SMOOTH = {"optimizer": "sgd", "options": {"lr": 0.02}, "activation": "tanh"}
@@ -96,6 +121,7 @@ FAST = {
     f"{name}, fast": replace(CASES[name], precision="fast", **SMOOTH)
     for name in ("the paper's model", "three samples", "large tiles, Gaussian")
 }
+EVERY = {**CASES, **FAST, **WAKE_SLEEP}
 
 
 def data_of(case: Case) -> tuple[Prepared, NDArray[Any]]:
@@ -116,7 +142,13 @@ def data_of(case: Case) -> tuple[Prepared, NDArray[Any]]:
 def model_of(case: Case) -> VAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        encoder = MLPEncoder(case.data_dim, case.encoder_hidden, case.latent_dim, case.activation)
+        encoder = MLPEncoder(
+            case.data_dim,
+            case.encoder_hidden,
+            case.latent_dim,
+            case.activation,
+            logvar_scale=case.logvar_scale,
+        )
         decoder = MLPDecoder(
             case.latent_dim,
             case.decoder_hidden,
@@ -138,9 +170,11 @@ class Reference:
         self.source = ArraySource(
             prepared, batch_size=case.batch_size, seed=SEED, order="shuffle", device=torch.device("cpu")
         )
-        plan = Plan(SEED, case.estimator, case.num_samples, case.beta, case.weight_prior)
+        asleep = case.estimator == "wake_sleep"
+        estimator = "sgvb_b" if asleep else case.estimator
+        plan = Plan(SEED, estimator, case.num_samples, case.beta, case.weight_prior)
         self.optimizer = make_optimizer(case.optimizer, self.model.parameters(), **case.options)
-        self.program = StepProgram(
+        self.program = (wake_sleep._Program if asleep else StepProgram)(
             reference, self.model, self.optimizer, self.source, plan, torch.device("cpu")
         )
         self.engine = AutogradEngine("reference", self.program)
@@ -175,7 +209,8 @@ class Reference:
         encoder, decoder = self.model.encoder, self.model.decoder
         mu, logvar = seen[encoder.mu][1], seen[encoder.logvar][1]
         found["encoder.heads"] = both(mu, logvar)
-        found["grad encoder.heads"] = -size * both(mu.grad, logvar.grad)
+        # as a product of weights takes it
+        found["grad encoder.heads"] = -size * both(mu.grad, self.case.logvar_scale * logvar.grad)
         outputs = [decoder.logits] if self.case.likelihood == "bernoulli" else [decoder.mean, decoder.logvar]
         grads = [-size * self.case.num_samples * seen[layer][1].grad for layer in outputs]
         found["grad decoder.output"] = grads[0] if len(grads) == 1 else both(*grads)
@@ -220,6 +255,7 @@ def engine_of(
         estimator=case.estimator,
         num_samples=case.num_samples,
         weight_prior=1 / case.count if case.weight_prior else 0.0,
+        logvar_scale=case.logvar_scale,
         optimizer=case.optimizer,
         options=options,
         precision=case.precision,
@@ -325,6 +361,7 @@ class DeviceEngine:
             options=options,
             precision=case.precision,
             models=models,
+            logvar_scale=case.logvar_scale,
             data=torch.from_numpy(values).to(device),
             packed=case.data_dtype == "bits",
             dynamic=case.kind == "dynamic",
@@ -365,35 +402,37 @@ def assert_steps_of_the_reference(engine: EmulatedEngine | DeviceEngine, case: C
             assert_close(f"state {which}", ours, state, 10 * precision_of(case))
 
 
-@pytest.mark.parametrize("name", [*CASES, *FAST])
+@pytest.mark.parametrize("name", EVERY)
 def test_steps_leave_what_the_reference_leaves(
     library: ctypes.CDLL, made: list[EmulatedEngine], name: str
 ) -> None:
-    case = {**CASES, **FAST}[name]
+    case = EVERY[name]
     made.append(engine := engine_of(library, case))
     assert_steps_of_the_reference(engine, case)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", [*CASES, *FAST])
+@pytest.mark.parametrize("name", EVERY)
 def test_steps_on_a_gpu_leave_what_the_reference_leaves(name: str) -> None:
-    case = {**CASES, **FAST}[name]
+    case = EVERY[name]
     assert_steps_of_the_reference(DeviceEngine([case]), case)
 
 
 SWEPT = ("three samples", "SGVB-A, three samples", "Gaussian straight from z", "large tiles")
+SWEPT += ("wake-sleep", "wake-sleep, Gaussian", "log-variance scale")
 SWEPT += ("no hidden layers", "dynamic", "SGD with momentum", "AdamW", "three samples, fast")
 
 
 def swept(name: str) -> list[Case]:
     """Models to be trained side by side: other latents, more and fewer than a tile has, beta and lr."""
     # With three multiprocessors one model is done in small tiles, the three in large ones.
-    case = {**CASES, **FAST}[name]
+    case = EVERY[name]
     case = replace(case, multiprocessors=min(case.multiprocessors, 3))
     lr = case.options["lr"]
     rates = (lr, lr, lr) if case.optimizer == "adamw" else (lr, lr / 2, lr / 3)
-    kinds = zip((case.latent_dim, case.latent_dim + 17, 1), (case.beta, 0.5, 2.0), rates, strict=True)
+    betas = (1.0, 1.0, 1.0) if case.estimator == "wake_sleep" else (case.beta, 0.5, 2.0)
+    kinds = zip((case.latent_dim, case.latent_dim + 17, 1), betas, rates, strict=True)
     return [
         replace(case, latent_dim=z, beta=beta, options={**case.options, "lr": lr}) for z, beta, lr in kinds
     ]
@@ -443,11 +482,11 @@ def test_models_side_by_side_on_a_gpu_have_the_bits_of_each_alone(name: str) -> 
     assert_side_by_side_as_alone(DeviceEngine(cases), [DeviceEngine([case]) for case in cases], cases)
 
 
-@pytest.mark.parametrize("name", ["three samples", "large tiles, Gaussian"])
+@pytest.mark.parametrize("name", ["three samples", "large tiles, Gaussian", "wake-sleep"])
 def test_steps_have_the_same_bits_however_they_are_cut_into_calls_and_graphs(
     library: ctypes.CDLL, made: list[EmulatedEngine], name: str
 ) -> None:
-    case = replace(CASES[name], batch_size=9)
+    case = replace(EVERY[name], batch_size=9)
     source = Reference(case).source
     n = 7
     made += [engine_of(library, case, most_steps) for most_steps in (7, 3, 1)]

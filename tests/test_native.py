@@ -145,7 +145,7 @@ def test_data_of_images_with_margins_give_the_same_steps_as_without_lists_of_zer
     ("case", "reason"),
     [
         ({"algorithm": type("Other", (wake_sleep._Program,), {})}, "its step is another algorithm's"),
-        ({"algorithm": wake_sleep._Program, "precision": "fast"}, "its wake-sleep step is for a CPU"),
+        ({"algorithm": wake_sleep._Program, "precision": "fast"}, "its wake-sleep step is exact"),
         ({"logvar_scale": 1e-9}, "the encoder has logvar_scale=1e-09"),
     ],
 )
@@ -335,7 +335,7 @@ class StandIn:
     ) -> None:
         StandIn.made += 1
         network = ("data_dim", "encoder_hidden", "decoder_hidden", "activation", "likelihood")
-        objective = ("estimator", "num_samples", "weight_prior", "precision")
+        objective = ("estimator", "num_samples", "weight_prior", "precision", "logvar_scale")
         common = {name: given.pop(name) for name in (*network, *objective)}
         assert "lr" not in options
         self._models = []

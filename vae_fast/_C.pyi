@@ -63,6 +63,7 @@ class CudaStep:
         scale: float,
         batch_size: int,
         most_steps: int,
+        logvar_scale: float = 1.0,
     ) -> None: ...
     def run(self, rows: Tensor, sizes: Tensor, seeds: Tensor, updates: Sequence[int]) -> Tensor: ...
 

@@ -43,8 +43,8 @@ def why_not(program: StepProgram, precision: str = "exact") -> str | None:
         if type(program) is StepProgram:
             return f"the estimator is {plan.estimator}"
         return "its step is another algorithm's"
-    if program.native_step == "wake_sleep" and (on_cuda or precision != "exact"):
-        return "its wake-sleep step is for a CPU, and exact"
+    if program.native_step == "wake_sleep" and precision != "exact":
+        return "its wake-sleep step is exact"
     if on_cuda and not hasattr(_C, "CudaStep"):
         return f"the model is on {program.device}, and this build has no CUDA"
     if program.device.type not in ("cpu", "cuda"):
@@ -52,7 +52,7 @@ def why_not(program: StepProgram, precision: str = "exact") -> str | None:
     if type(getattr(model, "encoder", None)) is not MLPEncoder or type(model.decoder) is not MLPDecoder:
         return "the encoder or the decoder is a module of your own"
     # The bias's gradient is that of the scaled product over the scale.
-    if model.encoder.logvar_scale != 1 and (on_cuda or model.encoder.logvar_scale < 1e-6):
+    if model.encoder.logvar_scale < 1e-6:
         return f"the encoder has logvar_scale={model.encoder.logvar_scale}"
     if posterior_of(model).name != "gaussian":
         return f"the posterior is {posterior_of(model).name}, not gaussian"
@@ -130,11 +130,12 @@ class NativeEngine(AutogradEngine):
             "beta": plan.beta,
             "weight_prior": 1 / source.count if plan.weight_prior and source.count else 0.0,
             "precision": precision,
+            "logvar_scale": model.encoder.logvar_scale,
         }
         self._on_cuda = program.device.type == "cuda"
         self._step = None
         if not self._on_cuda:
-            self._step = _C.CpuStep(**self._network, logvar_scale=model.encoder.logvar_scale)
+            self._step = _C.CpuStep(**self._network)
         self._cuda_steps = _CudaSteps()
 
     @property

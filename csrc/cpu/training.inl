@@ -29,8 +29,7 @@ VAE_FAST_INLINE VF rounded(VF v, bool fast) { return fast ? to_bfloat16(v) : v; 
 
 // In place of the probabilities in row b of a minibatch draws from Bernoulli of them
 VAE_FAST_INLINE void draw(float* x, int64_t seed, int64_t b, int64_t cols) {
-  for (int64_t c = 0; c < cols; ++c)
-    x[c] = uniform_word(seed, b * cols + c) < static_cast<double>(x[c]) * 0x1p32 ? 1 : 0;
+  for (int64_t c = 0; c < cols; ++c) x[c] = bernoulli_draw(seed, b * cols + c, x[c]);
 }
 
 template <class X>

@@ -40,6 +40,9 @@ inline Network network_of(int64_t data_dim, std::vector<int64_t> encoder_hidden,
 
 inline Objective objective_of(const std::string& estimator, int64_t num_samples, double beta, double weight_prior) {
   TORCH_CHECK_VALUE(num_samples >= 1, "num_samples: got ", num_samples, ", wanted an integer of 1 or more");
+  TORCH_CHECK_VALUE(estimator != "wake_sleep" || (num_samples == 1 && beta == 1),
+                    "estimator: got \"wake_sleep\" with num_samples ", num_samples, " and beta ", beta,
+                    ", wanted 1 and 1");
   return {choose<Estimator>("estimator", estimator, {"sgvb_b", "sgvb_a", "wake_sleep"}), num_samples,
           static_cast<float>(beta), static_cast<float>(weight_prior)};
 }

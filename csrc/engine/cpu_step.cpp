@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../math/splitmix.h"
 #include "update_rule.h"
 
 namespace vae_fast::engine {
@@ -265,12 +266,10 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
           static_cast<float>(log_likelihood), static_cast<float>(kl)};
 }
 
-// (z', x') ~ p(z) p(x|z), from streams 1 and 2 of the step's noise (vae_fast/algorithms/common.py)
+// (z', x') ~ p(z) p(x|z)
 void CpuStep::dream(int64_t batch, int64_t seed) {
-  const auto stream = [&](uint64_t number) {
-    return static_cast<int64_t>(static_cast<uint64_t>(seed) ^ (number * 0x9E3779B97F4A7C15ull));
-  };
-  const int64_t latent = network_.latent_dim, data_dim = network_.data_dim, of_z = stream(1), of_x = stream(2);
+  const int64_t latent = network_.latent_dim, data_dim = network_.data_dim;
+  const int64_t of_z = substream(seed, kDreamOfZ), of_x = substream(seed, kDreamOfX);
   cpu::launch(PhiloxNormal{DType::f32, batch * latent, &of_z, eps_.data()});
   for (int64_t b = 0; b < batch; ++b)
     std::copy_n(eps_.data() + b * latent, latent, dreamed_z_.data + b * dreamed_z_.ld);

@@ -106,4 +106,12 @@ VAE_FAST_INLINE void philox_normal4(int64_t seed, int64_t counter, Real eps[4]) 
   box_muller(c[2], c[3], eps[2], eps[3]);
 }
 
+// eps(seed, i): one lane of its counter
+VAE_FAST_INLINE float philox_normal(int64_t seed, int64_t i) {
+  float eps[4];
+  philox_normal4(seed, i >> 2, eps);
+  const float low = i & 1 ? eps[1] : eps[0], high = i & 1 ? eps[3] : eps[2];
+  return i & 2 ? high : low;
+}
+
 }  // namespace vae_fast

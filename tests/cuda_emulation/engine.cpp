@@ -34,7 +34,7 @@ struct Description {
   int64_t data_dim, encoder_layers, decoder_layers;
   const int64_t *encoder_hidden, *decoder_hidden;
   int64_t activation, likelihood, estimator, num_samples, precision;
-  double weight_prior;
+  double weight_prior, logvar_scale;
   int64_t optimizer;
   double eps, beta1, beta2, momentum, weight_decay;
   int64_t accumulate_steps;
@@ -55,7 +55,8 @@ void* engine_create(const Description* d) {
                   {},
                   {},
                   static_cast<Activation>(d->activation),
-                  static_cast<Likelihood>(d->likelihood)};
+                  static_cast<Likelihood>(d->likelihood),
+                  static_cast<float>(d->logvar_scale)};
   network.encoder_hidden.assign(d->encoder_hidden, d->encoder_hidden + d->encoder_layers);
   network.decoder_hidden.assign(d->decoder_hidden, d->decoder_hidden + d->decoder_layers);
   const Objective objective{static_cast<Estimator>(d->estimator), d->num_samples, 1.0f,

@@ -71,6 +71,8 @@ struct Prepare {
   const Own* own;          // [1]
   const int64_t* updates;  // [1]: how many updates the parameters had before the cursor was 0
   StepFactors* factors;    // [count]
+  float* dream_z;          // [count, most_size, z_stride], z' ~ p(z) of each step of wake_sleep; or null
+  int64_t z_stride;
 };
 int launch(const Prepare& args, cudaStream_t stream);
 
@@ -90,11 +92,13 @@ struct HiddenForward {
 };
 int launch(const HiddenForward& args, const Way& way);
 
-// mu, logvar = in weight^T + bias;  z_l = mu + exp(logvar / 2) eps_l, eps element (l B + b) Z + j of the noise seed;
-// the summands of KL(q || p), or with SGVB-A of 1/L sum_l [log q(z_l|x) - log p(z_l)], added up over parts of columns.
+// mu = in weight^T + bias, logvar = logvar_scale in weight^T + bias;  z_l = mu + exp(logvar / 2) eps_l, eps element (l
+// B + b) Z + j of the noise seed; the summands of KL(q || p), or but for SGVB-B of 1/L sum_l [log q(z_l|x) - log
+// p(z_l)], added up over parts of columns.
 struct LatentForward {
   Now now;
   Estimator estimator;
+  float logvar_scale;
   int64_t samples, ins, latents;
   const float* in;  // [B, in_stride]
   int64_t in_stride;
@@ -108,6 +112,35 @@ struct LatentForward {
   const Own* own;  // [1]
 };
 int launch(const LatentForward& args, const Way& way);
+
+// x' ~ p(x|z') of wake_sleep, from the last layer: logits, or mean and logvar
+struct DreamForward {
+  Now now;
+  Likelihood likelihood;
+  int64_t ins, features;
+  const float* in;  // [B, in_stride]
+  int64_t in_stride;
+  const float *weight, *bias, *weight_logvar, *bias_logvar;  // the latter two of a Gaussian
+  float* x;                                                  // [B, x_stride]
+  int64_t x_stride;
+};
+int launch(const DreamForward& args, const Way& way);
+
+// The gradient of log q(z'|x') of wake_sleep in mu and in what logvar_scale multiplies, from the heads of x'
+struct Recognise {
+  Now now;
+  float logvar_scale;
+  int64_t ins, latents;
+  const float* in;  // [B, in_stride]
+  int64_t in_stride;
+  const float *weight_mu, *bias_mu, *weight_logvar, *bias_logvar;
+  const float* z;  // [B, z_stride]
+  int64_t z_stride;
+  float* grad_heads;  // [B, heads_stride]
+  int64_t heads_stride;
+  const Own* own;  // [1]
+};
+int launch(const Recognise& args, const Way& way);
 
 // logits, or mean and logvar, of the last layer, which stay in registers; log p(x|z) added up over parts of
 // columns, and its gradient in them: [L B, D], or [L B, 2 D] as mean_0, logvar_0, mean_1, ...
@@ -145,9 +178,11 @@ int launch(const HiddenBackward& args, const Way& way);
 // With g_l = grad weight, the gradient in z_l of log p(x|z_l), less beta z_l with SGVB-A; 1/L sum_l and
 //   SGVB-B   grad_mu = g - beta mu,   grad_logvar = g eps sigma / 2 - beta (exp(logvar) - 1) / 2
 //   SGVB-A   grad_mu = g,             grad_logvar = g eps sigma / 2 + beta / 2
+// and grad_logvar times logvar_scale.
 struct LatentBackward {
   Now now;
   Estimator estimator;
+  float logvar_scale;
   int64_t samples, outs, latents;
   const float* grad;  // [L B, grad_stride]
   int64_t grad_stride;
@@ -170,6 +205,7 @@ struct UpdateLayer {
   const float* in;  // [rows, in_stride]
   int64_t in_stride;
   bool paired;
+  float logvar_scale;  // every second output's grad is so many times the gradient in its bias
   Trained weight[2], bias[2];
 };
 

@@ -8,6 +8,7 @@
 #include "../../math/bernoulli.h"
 #include "../../math/gaussian.h"
 #include "../../math/philox.h"
+#include "../../math/splitmix.h"
 #include "kernels.h"
 #include "product.cuh"
 
@@ -103,14 +104,6 @@ struct ActivateHidden {
   }
 };
 
-// eps(seed, i): one lane of its counter
-__device__ __forceinline__ float normal(int64_t seed, int64_t i) {
-  float eps[4];
-  philox_normal4(seed, i >> 2, eps);
-  const float low = i & 1 ? eps[1] : eps[0], high = i & 1 ? eps[3] : eps[2];
-  return i & 2 ? high : low;
-}
-
 struct DrawLatents {
   static constexpr bool kAddsSamples = false, kSums = true;
   using State = KeepFour;
@@ -118,6 +111,7 @@ struct DrawLatents {
   int64_t samples, latents;
   const int64_t* seeds;
   Estimator estimator;
+  float logvar_scale;
   float* heads;
   int64_t heads_stride;
   float *z, *eps;
@@ -137,21 +131,104 @@ struct DrawLatents {
     for (int i = 0; i < 2; ++i) {
       const int64_t j = col / 2 + i;
       if (j >= latents) break;
-      const float mu = s.value[2 * i] += bias_mu[j], logvar = s.value[2 * i + 1] += bias_logvar[j];
+      const float mu = s.value[2 * i] += bias_mu[j];
+      const float logvar = s.value[2 * i + 1] = logvar_scale * s.value[2 * i + 1] + bias_logvar[j];
       if (estimator == Estimator::sgvb_b) kl += gaussian_kl(mu, logvar);
       float sampled = 0.0f;
       for (int64_t l = 0; l < samples; ++l) {
         const int64_t r = l * here.size + row;
-        const float e = j < own_latents ? normal(seeds[2 * here.step], r * own_latents + j) : 0.0f;
+        const float e = j < own_latents ? philox_normal(seeds[2 * here.step], r * own_latents + j) : 0.0f;
         const float drawn = reparameterize(mu, logvar, e);
         z[r * z_stride + j] = drawn;
         eps[r * z_stride + j] = e;
         sampled += 0.5f * (drawn * drawn - e * e - logvar);  // log q(z|x) - log p(z)
       }
-      if (estimator == Estimator::sgvb_a) kl += sampled / static_cast<float>(samples);
+      if (estimator != Estimator::sgvb_b) kl += sampled / static_cast<float>(samples);
     }
     write_four(heads + row * heads_stride + col, s.value);
     return kl;
+  }
+};
+
+// The gradients of log q(z'|x'), z' given
+struct RecogniseDream {
+  static constexpr bool kAddsSamples = false, kSums = false;
+  using State = KeepFour;
+  const float *bias_mu, *bias_logvar;
+  int64_t latents;
+  float logvar_scale;
+  const float* z;
+  int64_t z_stride;
+  float* grad_heads;
+  int64_t heads_stride;
+  const Own* own;
+
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias_mu, bias_logvar, z, grad_heads, own); }
+
+  __device__ __forceinline__ float finish(const Here&, State& s, int64_t row, int64_t col) const {
+    const int64_t own_latents = own->latents;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t j = col / 2 + i;
+      if (j >= latents) break;
+      const float mu = s.value[2 * i] + bias_mu[j], logvar = logvar_scale * s.value[2 * i + 1] + bias_logvar[j];
+      const GaussianResidual<float> residual(mu, logvar, z[row * z_stride + j]);
+      s.value[2 * i] = residual.grad_mean();
+      s.value[2 * i + 1] = j < own_latents ? logvar_scale * residual.grad_logvar() : 0.0f;
+    }
+    write_four(grad_heads + row * heads_stride + col, s.value);
+    return 0.0f;
+  }
+};
+
+// x' ~ p(x|z')
+struct DreamBernoulli {
+  static constexpr bool kAddsSamples = false, kSums = false;
+  using State = KeepFour;
+  const float* bias;
+  int64_t cols;
+  const int64_t* seeds;
+  float* x;
+  int64_t x_stride;
+
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias, seeds, x); }
+
+  __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
+    const int64_t seed = substream(seeds[2 * here.step], kDreamOfX);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (col + i >= cols) break;
+      const float probability = -bernoulli_grad_logit(s.value[i] + bias[col + i], 0.0f);  // the sigmoid
+      s.value[i] = bernoulli_draw(seed, row * cols + col + i, probability);
+    }
+    write_four(x + row * x_stride + col, s.value);
+    return 0.0f;
+  }
+};
+
+struct DreamGaussian {  // columns are mean_0, logvar_0, mean_1, ...
+  static constexpr bool kAddsSamples = false, kSums = false;
+  using State = KeepFour;
+  const float *bias_mean, *bias_logvar;
+  int64_t features;
+  bool sigmoid_mean;
+  const int64_t* seeds;
+  float* x;
+  int64_t x_stride;
+
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias_mean, bias_logvar, seeds, x); }
+
+  __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
+    const int64_t seed = substream(seeds[2 * here.step], kDreamOfX);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t d = col / 2 + i;
+      if (d >= features) break;
+      const float linear = s.value[2 * i] + bias_mean[d], logvar = s.value[2 * i + 1] + bias_logvar[d];
+      const float mean = sigmoid_mean ? -bernoulli_grad_logit(linear, 0.0f) : linear;
+      x[row * x_stride + d] = reparameterize(mean, logvar, philox_normal(seed, row * features + d));
+    }
+    return 0.0f;
   }
 };
 
@@ -252,6 +329,7 @@ struct DeriveLatents {
     float grad[4], grad_eps[4];  // sums over the samples of g and of g eps
   };
   Estimator estimator;
+  float logvar_scale;
   int64_t samples, latents;
   const float* heads;
   int64_t heads_stride;
@@ -293,7 +371,7 @@ struct DeriveLatents {
         grad_logvar += col + i < own_latents ? 0.5f * beta : 0.0f;
       }
       grad_heads[at] = grad_mu;
-      grad_heads[at + 1] = grad_logvar;
+      grad_heads[at + 1] = logvar_scale * grad_logvar;
     }
     return 0.0f;
   }
@@ -351,13 +429,38 @@ int launch(const HiddenForward& args, const Way& way) {
 }
 
 int launch(const LatentForward& args, const Way& way) {
-  const DrawLatents epilogue{args.bias_mu,   args.bias_logvar, args.samples,      args.latents, args.now.seeds,
-                             args.estimator, args.heads,       args.heads_stride, args.z,       args.eps,
-                             args.z_stride,  args.kl_parts,    args.parts_stride, args.own};
+  const DrawLatents epilogue{args.bias_mu,   args.bias_logvar,  args.samples,  args.latents,      args.now.seeds,
+                             args.estimator, args.logvar_scale, args.heads,    args.heads_stride, args.z,
+                             args.eps,       args.z_stride,     args.kl_parts, args.parts_stride, args.own};
   return launch_product<Narrow, true>(Product<DrawLatents>{args.now, matrix_of(args.in, args.in_stride),
                                                            matrix_of(args.weight_mu, args.ins, args.weight_logvar), 1,
                                                            2 * args.latents, args.ins, epilogue},
                                       way);
+}
+
+int launch(const Recognise& args, const Way& way) {
+  const RecogniseDream epilogue{args.bias_mu,  args.bias_logvar, args.latents,      args.logvar_scale, args.z,
+                                args.z_stride, args.grad_heads,  args.heads_stride, args.own};
+  return launch_product<Narrow, true>(Product<RecogniseDream>{args.now, matrix_of(args.in, args.in_stride),
+                                                              matrix_of(args.weight_mu, args.ins, args.weight_logvar),
+                                                              1, 2 * args.latents, args.ins, epilogue},
+                                      way);
+}
+
+int launch(const DreamForward& args, const Way& way) {
+  const Matrix in = matrix_of(args.in, args.in_stride);
+  if (args.likelihood == Likelihood::bernoulli) {
+    const DreamBernoulli epilogue{args.bias, args.features, args.now.seeds, args.x, args.x_stride};
+    return launch_product<true>(
+        Product<DreamBernoulli>{args.now, in, matrix_of(args.weight, args.ins), 1, args.features, args.ins, epilogue},
+        way);
+  }
+  const bool sigmoid_mean = args.likelihood == Likelihood::gaussian_sigmoid_mean;
+  const DreamGaussian epilogue{args.bias,      args.bias_logvar, args.features, sigmoid_mean,
+                               args.now.seeds, args.x,           args.x_stride};
+  return launch_product<true>(Product<DreamGaussian>{args.now, in, matrix_of(args.weight, args.ins, args.weight_logvar),
+                                                     1, 2 * args.features, args.ins, epilogue},
+                              way);
 }
 
 int launch(const OutputForward& args, const Way& way) {
@@ -388,8 +491,9 @@ int launch(const HiddenBackward& args, const Way& way) {
 }
 
 int launch(const LatentBackward& args, const Way& way) {
-  const DeriveLatents epilogue{args.estimator, args.samples, args.latents,  args.heads,      args.heads_stride,
-                               args.z,         args.eps,     args.z_stride, args.grad_heads, args.own};
+  const DeriveLatents epilogue{args.estimator, args.logvar_scale, args.samples, args.latents,
+                               args.heads,     args.heads_stride, args.z,       args.eps,
+                               args.z_stride,  args.grad_heads,   args.own};
   return launch_product<Narrow, false>(
       Product<DeriveLatents>{args.now, matrix_of(args.grad, args.grad_stride),
                              matrix_of(args.weight.first, args.weight.stride, args.weight.second), args.samples,

@@ -71,6 +71,10 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
   matrix("x", x_, group_ * most_size_, data_.cols, x_stride_);
   matrix("z", z_, decoder_rows, network_.latent_dim, z_stride_);
   matrix("eps", eps_, decoder_rows, network_.latent_dim, z_stride_);
+  if (objective_.estimator == Estimator::wake_sleep) {
+    matrix("dream x", dream_x_, most_size_, data_.cols, x_stride_);
+    matrix("dream z", dream_z_, group_ * most_size_, network_.latent_dim, z_stride_);
+  }
   for (auto* layers : {&encoder_, &decoder_}) {
     const std::string half = layers == &encoder_ ? "encoder" : "decoder";
     const int64_t rows = layers == &encoder_ ? most_size_ : decoder_rows;
@@ -161,28 +165,63 @@ int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
     }
   };
 
+  const bool wake_sleep = objective_.estimator == Estimator::wake_sleep;
   const Layer &heads = encoder_.back(), &output = decoder_.back(), &first = decoder_.front();
+  const float *weight_logvar = output.paired ? parameter(output, 2) : nullptr,
+              *bias_logvar = output.paired ? parameter(output, 3) : nullptr;
   const auto [h, h_stride] = forward(encoder_, x, x_stride_, encoder_way);
-  go(LatentForward{at, objective_.estimator, samples, heads.ins, heads.outs, h, h_stride, parameter(heads, 0),
-                   parameter(heads, 1), parameter(heads, 2), parameter(heads, 3), heads.out, heads.stride, z_, eps_,
-                   z_stride_, kl_parts_, kl_stride_, own_},
+  go(LatentForward{at,
+                   objective_.estimator,
+                   network_.logvar_scale,
+                   samples,
+                   heads.ins,
+                   heads.outs,
+                   h,
+                   h_stride,
+                   parameter(heads, 0),
+                   parameter(heads, 1),
+                   parameter(heads, 2),
+                   parameter(heads, 3),
+                   heads.out,
+                   heads.stride,
+                   z_,
+                   eps_,
+                   z_stride_,
+                   kl_parts_,
+                   kl_stride_,
+                   own_},
      encoder_way);
+  const float* dream_z = wake_sleep ? dream_z_ + offset * most_size_ * z_stride_ : nullptr;
+  if (wake_sleep) {  // before the decoder is wanted with z, whose activations the update reads
+    const auto [dreamed, stride] = forward(decoder_, dream_z, z_stride_, decoder_way);
+    go(DreamForward{at, network_.likelihood, output.ins, output.outs, dreamed, stride, parameter(output, 0),
+                    parameter(output, 1), weight_logvar, bias_logvar, dream_x_, x_stride_},
+       decoder_way);
+  }
   const auto [last, last_stride] = forward(decoder_, z_, z_stride_, decoder_way);
   go(OutputForward{at, network_.likelihood, samples, output.ins, output.outs, last, last_stride, parameter(output, 0),
-                   parameter(output, 1), output.paired ? parameter(output, 2) : nullptr,
-                   output.paired ? parameter(output, 3) : nullptr, x, x_stride_, output.grad, output.grad_stride,
+                   parameter(output, 1), weight_logvar, bias_logvar, x, x_stride_, output.grad, output.grad_stride,
                    ll_parts_, ll_stride_},
      decoder_way);
   backward(decoder_, decoder_way);
-  go(LatentBackward{at, objective_.estimator, samples, first.paired ? 2 * first.outs : first.outs, network_.latent_dim,
-                    first.grad, first.grad_stride, weight_of(first), heads.out, heads.stride, z_, eps_, z_stride_,
-                    heads.grad, own_},
-     encoder_way);
+  if (wake_sleep) {
+    const auto [seen, stride] = forward(encoder_, dream_x_, x_stride_, encoder_way);
+    go(Recognise{at, network_.logvar_scale, heads.ins, heads.outs, seen, stride, parameter(heads, 0),
+                 parameter(heads, 1), parameter(heads, 2), parameter(heads, 3), dream_z, z_stride_, heads.grad,
+                 heads.grad_stride, own_},
+       encoder_way);
+  } else {
+    go(LatentBackward{at, objective_.estimator, network_.logvar_scale, samples,
+                      first.paired ? 2 * first.outs : first.outs, network_.latent_dim, first.grad, first.grad_stride,
+                      weight_of(first), heads.out, heads.stride, z_, eps_, z_stride_, heads.grad, own_},
+       encoder_way);
+  }
   backward(encoder_, encoder_way);
-  if (!error) error = launch_update(offset, x, decoder_way);
+  if (!error) error = launch_update(offset, wake_sleep ? dream_x_ : x, decoder_way);
   return error;
 }
 
+// `x`: what the encoder's first layer took
 int Schedule::launch_update(int64_t offset, const float* x, const Way& way) {
   Update update = {};
   update.now = now(offset);
@@ -216,6 +255,7 @@ int Schedule::launch_update(int64_t offset, const float* x, const Way& way) {
       part.in = in;
       part.in_stride = stride;
       part.paired = layer.paired;
+      part.logvar_scale = &layer == &encoder_.back() ? network_.logvar_scale : 1.0f;
       for (int i = 0; i < (layer.paired ? 2 : 1); ++i) {
         part.weight[i] = trained(2 * i);
         part.bias[i] = trained(2 * i + 1);
@@ -238,8 +278,8 @@ int Schedule::launch_update(int64_t offset, const float* x, const Way& way) {
 // --- many steps ------------------------------------------------------------------------------------------------------
 
 int Schedule::launch_steps(int64_t count, cudaStream_t stream) {
-  const Prepare prepare{now(0), count,     most_size_, data_, rows_,    most_size_,
-                        x_,     x_stride_, optimizer_, own_,  updates_, factors_};
+  const Prepare prepare{now(0),    count,      most_size_, data_,    rows_,    most_size_, x_,
+                        x_stride_, optimizer_, own_,       updates_, factors_, dream_z_,   z_stride_};
   if (int error = launch(prepare, stream)) return error;
   for (int64_t offset = 0; offset < count; ++offset) {
     if (int error = launch_step(offset, stream)) return error;

@@ -10,6 +10,10 @@
 //   the decoder's first layer               LatentBackward   -> gradient in mu and logvar
 //   back to h_1                             HiddenBackward   for the heads and all hidden layers but the first
 //   all parameters                          Update           in place, and the step's terms
+// With wake_sleep, whose gradients are all taken at the same parameters, these:
+//   the encoder, as above, on x; the decoder's hidden layers on z' ~ p(z), DreamForward -> x'; the decoder on z and
+//   back to h'_1 as above; the encoder's hidden layers on x'; the heads, Recognise -> gradient in mu and logvar of z'
+//   given x'; back to h_1; Update.
 // Before them, once for all steps of a graph, Prepare gathers the minibatches; after them `advance` moves the cursor.
 //
 // Of several models side by side each launch does all. One model is trained where its parameters lie; of several a run
@@ -98,7 +102,8 @@ class Schedule {
   int64_t most_size_, most_steps_, group_, launches_ = 0, model_bytes_ = 0;
   int multiprocessors_;
 
-  std::vector<Layer> encoder_, decoder_;  // the last of the encoder are the heads, of the decoder the output
+  std::vector<Layer> encoder_, decoder_;           // the last of the encoder are the heads, of the decoder the output
+  float *dream_x_ = nullptr, *dream_z_ = nullptr;  // of wake_sleep
   float *x_ = nullptr, *z_ = nullptr, *eps_ = nullptr, *ll_parts_ = nullptr, *kl_parts_ = nullptr;
   int64_t x_stride_ = 0, z_stride_ = 0, ll_stride_ = 0, kl_stride_ = 0;
   Own* own_ = nullptr;

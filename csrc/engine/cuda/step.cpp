@@ -5,7 +5,8 @@
 //       data_dim=784, encoder_hidden=[500], decoder_hidden=[500],
 //       activation="tanh",           # or "relu"
 //       likelihood="bernoulli",      # or "gaussian", "gaussian_sigmoid_mean"
-//       estimator="sgvb_b",          # or "sgvb_a"
+//       estimator="sgvb_b",          # or "sgvb_a", "wake_sleep"
+//       logvar_scale=1.0,            # of the encoder's logvar = logvar_scale W h + b
 //       num_samples=1,
 //       weight_prior=0.0,            # 1/N, or 0 for none
 //       optimizer="adagrad",         # or "sgd", "adam", "adamw"
@@ -95,6 +96,8 @@ class CudaStep {
           optimizer.kind != OptimizerKind::adamw || optimizer.weight_decay == 0 || given.lr == models_[0].lr,
           "lr: got ", given.lr, " beside ", models_[0].lr, ", wanted the same for all models of AdamW's weight_decay");
       network.latent_dim = given.latent_dim;
+      TORCH_CHECK_VALUE(objective.estimator != Estimator::wake_sleep || given.beta == 1, "beta: got ", given.beta,
+                        " with the estimator \"wake_sleep\", wanted 1");
       most_latents = std::max(most_latents, given.latent_dim);
       Model model{{given.lr, given.latent_dim, static_cast<float>(given.beta)}, {}};
       for (const Parameter& p : parameters_of(given.parameters, given.states, network, optimizer, data_.device()))
@@ -158,13 +161,13 @@ std::unique_ptr<CudaStep> make(int64_t data_dim, std::vector<int64_t> encoder_hi
                                const std::string& likelihood, const std::string& estimator, int64_t num_samples,
                                double weight_prior, const std::string& optimizer, const py::dict& options,
                                const std::string& precision, const py::sequence& models, Tensor data, bool packed,
-                               bool dynamic, double scale, int64_t batch_size, int64_t most_steps) {
-  TORCH_CHECK_VALUE(estimator != "wake_sleep",
-                    "estimator: got \"wake_sleep\", which is for a CPU, wanted \"sgvb_b\" or \"sgvb_a\"");
-  return std::make_unique<CudaStep>(
-      network_of(data_dim, std::move(encoder_hidden), 0, std::move(decoder_hidden), activation, likelihood),
-      objective_of(estimator, num_samples, 1, weight_prior), optimizer_of(optimizer, options), precision_of(precision),
-      given_of(models), std::move(data), packed, dynamic, scale, batch_size, most_steps);
+                               bool dynamic, double scale, int64_t batch_size, int64_t most_steps,
+                               double logvar_scale) {
+  return std::make_unique<CudaStep>(network_of(data_dim, std::move(encoder_hidden), 0, std::move(decoder_hidden),
+                                               activation, likelihood, logvar_scale),
+                                    objective_of(estimator, num_samples, 1, weight_prior),
+                                    optimizer_of(optimizer, options), precision_of(precision), given_of(models),
+                                    std::move(data), packed, dynamic, scale, batch_size, most_steps);
 }
 
 }  // namespace
@@ -175,7 +178,7 @@ void bind_cuda_step(py::module_& m) {
       .def(py::init(&make), py::kw_only(), arg("data_dim"), arg("encoder_hidden"), arg("decoder_hidden"),
            arg("activation"), arg("likelihood"), arg("estimator"), arg("num_samples"), arg("weight_prior"),
            arg("optimizer"), arg("options"), arg("precision"), arg("models"), arg("data"), arg("packed"),
-           arg("dynamic"), arg("scale"), arg("batch_size"), arg("most_steps") = 1000)
+           arg("dynamic"), arg("scale"), arg("batch_size"), arg("most_steps") = 1000, arg("logvar_scale") = 1.0)
       .def("run", &CudaStep::run, py::call_guard<py::gil_scoped_release>(), arg("rows"), arg("sizes"), arg("seeds"),
            arg("updates"))
       .def_property_readonly("steps_per_graph", &CudaStep::steps_per_graph)

@@ -5,6 +5,7 @@
 // place, each by one thread. The next step's launches wait for it, as all launches on a stream do.
 #include <algorithm>
 
+#include "../../math/philox.h"
 #include "../../math/splitmix.h"
 #include "kernels.h"
 #include "product.cuh"
@@ -25,6 +26,18 @@ __device__ __forceinline__ float datum(const Data& data, int64_t row, int64_t co
   return static_cast<float>(bytes[row * ((data.cols + 7) / 8) + col / 8] >> (col & 7) & 1);
 }
 
+// Four of z' ~ N(0, I)
+__device__ __forceinline__ void dream_latents(const Prepare& p, const Here& here, int64_t slot, int64_t four) {
+  const int64_t fours = p.z_stride / 4, b = four / fours, first = four % fours * 4;
+  if (b >= here.size) return;
+  const int64_t latents = here.of_model(p.own)->latents;
+  const int64_t seed = substream(here.of_model(p.now.seeds)[2 * here.step], kDreamOfZ);
+  float z[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) z[i] = first + i < latents ? philox_normal(seed, b * latents + first + i) : 0.0f;
+  write_four(here.of_model(p.dream_z) + (slot * p.most_size + b) * p.z_stride + first, z);
+}
+
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Prepare p) {
   const int64_t slot = blockIdx.y;
   const Here here(p.now, slot);
@@ -38,6 +51,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
                                                   *here.of_model(p.updates) + step + 1);
   }
   const int64_t fours = p.x_stride / 4, four = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (p.dream_z) dream_latents(p, here, slot, four);
   const int64_t b = four / fours, col = four % fours * 4;
   if (b >= here.size) return;
   const int64_t row = here.of_model(p.rows)[step * p.width + b], seed = here.of_model(p.now.seeds)[2 * step + 1];
@@ -46,10 +60,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   for (int i = 0; i < 4; ++i) {
     if (col + i >= p.data.cols) break;
     x[i] = datum(p.data, row, col + i) * p.data.scale;
-    if (p.data.dynamic) {
-      const uint32_t word = uniform_word(seed, b * p.data.cols + col + i);
-      x[i] = static_cast<double>(word) < static_cast<double>(x[i]) * 4294967296.0 ? 1.0f : 0.0f;
-    }
+    if (p.data.dynamic) x[i] = bernoulli_draw(seed, b * p.data.cols + col + i, x[i]);
   }
   write_four(here.of_model(p.x) + (slot * p.most_size + b) * p.x_stride + col, x);
 }
@@ -65,6 +76,7 @@ struct Job {
   int64_t samples, outs, ins;
   Matrix grad, in;
   bool paired, aligned;  // aligned: fours of weight and state begin at multiples of 16 bytes
+  float logvar_scale;
   Trained weight[2], bias[2];
   int first_tile, column_tiles;
 };
@@ -224,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   if (has_bias) {
     const int64_t row = tile.row + thread, at = job.paired ? row >> 1 : row;
     const Trained trained = of_model(here, job.bias[job.paired ? row & 1 : 0]);
-    const float sums[4] = {bias_sum};
+    const float sums[4] = {job.paired && row & 1 ? bias_sum / job.logvar_scale : bias_sum};
     Parameters own = {};
     own.load(trained, at, false, 1, p.rule.states);
     own.take_step(trained, at, false, 1, p.rule, factors, scale, 0.0f, sums);
@@ -251,7 +263,8 @@ int launch_update(const Jobs& jobs, cudaStream_t stream) {
 
 int launch(const Prepare& args, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(ceil_div(args.most_size * args.x_stride / 4, kThreads)),
+  const int64_t stride = args.dream_z ? std::max(args.x_stride, args.z_stride) : args.x_stride;
+  config.gridDim = dim3(static_cast<unsigned>(ceil_div(args.most_size * stride / 4, kThreads)),
                         static_cast<unsigned>(args.count), static_cast<unsigned>(args.now.models));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
@@ -273,6 +286,7 @@ int launch(const Update& args, const Way& way) {
            matrix_of(layer.in, layer.in_stride),
            layer.paired,
            true,
+           layer.logvar_scale,
            {},
            {},
            jobs.tiles,
