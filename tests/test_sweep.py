@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_native import StandIn
 from torch import Tensor
 
 import vae_fast as vf
+from vae_fast import _C, native
 
 
 def data(count: int = 230) -> Tensor:
@@ -64,3 +66,60 @@ def test_what_cannot_be_is_refused() -> None:
         vf.sweep([one, vf.Trainer(one.model)], data(), max_samples=10)
     with pytest.raises(TypeError, match="train: got a stream"):
         vf.sweep([one], iter([data()]), max_samples=10)
+
+
+def test_on_cuda_models_with_other_latents_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def several() -> list[vf.Trainer]:
+        return [
+            vf.Trainer(vf.VAE(20, [12], latent, seed=latent), seed=latent, batch_size=20)
+            for latent in (2, 3, 9)
+        ]
+
+    alone, together = several(), several()
+    for trainer in alone:
+        trainer.fit(data(), max_samples=2000, progress=False)
+    monkeypatch.setattr(native, "_is_cuda", lambda device: True)
+    monkeypatch.setattr(native, "RUN_FLOPS", 1e6)  # by which models of other latents would take other steps
+    monkeypatch.setattr(native, "MOST_STEPS", 30)
+    monkeypatch.setattr(_C, "CudaStep", StandIn, raising=False)
+    StandIn.made = 0
+    vf.sweep(together, data(), max_samples=2000, progress=False)
+    assert StandIn.made == 1
+    for ours, theirs in zip(together, alone, strict=True):
+        for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_an_error_leaves_every_model_where_its_trainer_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = trainers()[:2]
+    before = [p.clone() for trainer in ours for p in trainer.model.parameters()]
+    run = native.run_together
+
+    def fails(engines: Any, n_steps: Any) -> Any:
+        run(engines, n_steps)
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(native, "run_together", fails)
+    with pytest.raises(vf.TrainingError, match="2 models side by side do not fit"):
+        vf.sweep(ours, data(), max_samples=700, progress=False)
+    monkeypatch.undo()
+    now = [p for trainer in ours for p in trainer.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
+    wanted = trainers()[:2]
+    for trainers_ in (ours, wanted):
+        vf.sweep(trainers_, data(), max_samples=700, progress=False)
+    for a, b in zip(ours, wanted, strict=True):
+        assert all(map(torch.equal, a.model.parameters(), b.model.parameters()))
+
+
+def test_one_model_that_fails_does_not_move_the_others_unseen() -> None:
+    bad, good = trainers()[:2]
+    _, alone = trainers()[:2]
+    bad.on_nan = "stop"
+    with torch.no_grad():
+        next(bad.model.parameters())[0, 0] = torch.nan
+    with pytest.raises(vf.TrainingError):
+        vf.sweep([bad, good], data(), max_samples=700, progress=False)
+    alone.fit(data(), max_samples=700, progress=False)
+    assert (bad.samples_seen, good.samples_seen) == (0, alone.samples_seen)
+    assert all(map(torch.equal, good.model.parameters(), alone.model.parameters()))

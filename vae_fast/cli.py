@@ -162,6 +162,12 @@ _SHAPE = click.option(
     help="Of pictures: such as 28x20, or none where the data are no images. Guessed: squares and 28x20.",
 )
 _SEED = click.option("--seed", type=int, default=0, help="Of all random numbers.")
+_ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["auto", "native", "modules", "reference"]),
+    default="auto",
+    help="The curve does not depend on it.",
+)
 
 
 @main.command(short_help="Train a model; without arguments the paper's, on MNIST.")
@@ -206,12 +212,7 @@ _SEED = click.option("--seed", type=int, default=0, help="Of all random numbers.
     help="Whole numbers are divided by it; 256 in the paper's code.",
 )
 @_SEED
-@click.option(
-    "--engine",
-    type=click.Choice(["auto", "native", "modules", "reference"]),
-    default="auto",
-    help="The curve does not depend on it.",
-)
+@_ENGINE
 @click.option(
     "--device", default="auto", help="cpu, cuda or cuda:1. auto: a GPU where this build can use one."
 )
@@ -1005,6 +1006,7 @@ _LEAST_DRAWS = 0.1  # of the variance experiment, which scale 1 does in about a 
 @click.option(
     "--device", default="auto", help="cpu, cuda or cuda:1. auto: a GPU where this build can use one."
 )
+@_ENGINE
 def reproduce(
     what: str,
     out: str,
@@ -1015,6 +1017,7 @@ def reproduce(
     draw_only: bool,
     seed: int,
     device: str,
+    engine: str,
 ) -> None:
     """Train what a figure of the paper shows, and draw it over the paper's own curves.
 
@@ -1054,7 +1057,8 @@ def reproduce(
                 click.echo(result.table(), nl=False)
                 click.echo(f"{name}: {Path(out) / module.FIGURE}")
                 continue
-            options = {**how, "scale": scale, "mnist": data, "command": command, "draw_only": draw_only}
+            options = {**how, "engine": engine, "scale": scale, "mnist": data, "command": command}
+            options["draw_only"] = draw_only
             if name in ("figure2", "figure4"):
                 options["frey"] = frey
             if panels is not None:

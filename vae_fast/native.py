@@ -21,8 +21,10 @@ from .estimators import BINARISE, NOISE, step_seed
 from .nn import MLPDecoder, MLPEncoder
 from .optim import Adagrad
 
-RUN_FLOPS = 2e11  # of one run: about a second, in which nobody looks at Ctrl-C
+# Of one run, in which nobody looks at Ctrl-C, on a CPU: about a second
+RUN_FLOPS = 2e11
 MOST_STEPS = 1000
+MOST_ROWS = 2**22  # on a GPU, where all rows of a run lie there: 32 MB
 
 # How the engine names an optimizer, and what that keeps of a parameter, in the engine's order
 _KINDS: dict[type[torch.optim.Optimizer], tuple[str, tuple[str, ...]]] = {
@@ -38,7 +40,7 @@ _OFF = ("nesterov", "dampening", "amsgrad", "maximize", "differentiable")
 def why_not(program: StepProgram, precision: str = "exact") -> str | None:
     """Why the native engine cannot take these steps, in a few words; None: it can."""
     model, optimizer, plan = program.model, program.optimizer, program.plan
-    on_cuda = program.device.type == "cuda"
+    on_cuda = _is_cuda(program.device)
     if program.native_step is None:
         if type(program) is StepProgram:
             return f"the estimator is {plan.estimator}"
@@ -85,6 +87,10 @@ def _why_not_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Par
     return None
 
 
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _names(model: Any) -> list[str]:
     """The parameters of an MLP variational auto-encoder, in the order of csrc/engine/network.h."""
     decoder = ("logits",) if model.likelihood == "bernoulli" else ("mean", "logvar")
@@ -117,7 +123,6 @@ class NativeEngine(AutogradEngine):
         encoder, decoder = _widths(model.encoder.hidden), _widths(model.decoder.hidden)
         weights = sum(p.numel() for p in self._parameters if p.dim() == 2)
         flops = 6 * plan.num_samples * weights * source.most_rows  # of a step, or fewer
-        self.chunk_steps = int(min(max(RUN_FLOPS / flops, 1), MOST_STEPS))
         self._network = {
             "data_dim": model.encoder.hidden[0].in_features if encoder else model.encoder.mu.in_features,
             "encoder_hidden": encoder,
@@ -132,7 +137,10 @@ class NativeEngine(AutogradEngine):
             "precision": precision,
             "logvar_scale": model.encoder.logvar_scale,
         }
-        self._on_cuda = program.device.type == "cuda"
+        self._on_cuda = _is_cuda(program.device)
+        # On a GPU whatever the latents: models that differ in them are to take the same steps at once.
+        run = MOST_ROWS / source.most_rows if self._on_cuda else RUN_FLOPS / flops
+        self.chunk_steps = int(min(max(run, 1), MOST_STEPS))
         self._step = None
         if not self._on_cuda:
             self._step = _C.CpuStep(**self._network)
@@ -259,15 +267,15 @@ class _CudaSteps:
     def __init__(self) -> None:
         self._step: Any = None
         self._made_for: Any = None
-        self._values = torch.empty(0)
+        self._values, self._read = torch.empty(0), 0  # the data, and where they were read
         self._room = (0, 0)  # datapoints of a minibatch, steps
 
     def run(self, engines: Sequence[NativeEngine], minibatches: Sequence[tuple[Tensor, ...]]) -> Tensor:
         """The terms of each engine's steps, ``[engines, steps, 3]``."""
         first = engines[0]
         data = first._program.source.data
-        if self._values.data_ptr() != data.values.data_ptr():  # a stream writes its data in place
-            self._values = _values(data)
+        if self._read != data.values.data_ptr():  # a stream writes its data in place
+            self._values, self._read = _values(data), data.values.data_ptr()
         models, updates = [], []
         for engine in engines:
             states, counters = engine._states()
@@ -288,7 +296,8 @@ class _CudaSteps:
         rows, sizes, seeds = (torch.stack(parts) for parts in zip(*minibatches, strict=True))
         n_steps, width = rows.shape[1:]
         if width > self._room[0] or n_steps > self._room[1] or needs != self._made_for:
-            self._room = (max(width, self._room[0]), max(n_steps, first.chunk_steps, self._room[1]))
+            room = (max(width, self._room[0]), max(n_steps, first.chunk_steps, self._room[1]))
+            self._step = self._made_for = None  # its memory is wanted for the next
             self._step = _C.CudaStep(
                 **{name: what for name, what in first._network.items() if name not in ("latent_dim", "beta")},
                 optimizer=first._kind,
@@ -298,10 +307,10 @@ class _CudaSteps:
                 packed=False,
                 dynamic=data.kind == "dynamic",
                 scale=1 / data.scale,
-                batch_size=self._room[0],
-                most_steps=self._room[1],
+                batch_size=room[0],
+                most_steps=room[1],
             )
-            self._made_for = needs
+            self._made_for, self._room = needs, room
         terms: Tensor = self._step.run(rows, sizes, seeds, updates)
         return terms
 

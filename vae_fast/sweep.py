@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from . import datasets, native
-from .trainer import History, Trainer, _bar, _Interrupt, report_interval
+from .trainer import History, Trainer, TrainingError, _bar, _Interrupt, report_interval
 
 
 def sweep(
@@ -29,8 +31,8 @@ def sweep(
         histories = vf.sweep(trainers, train, test, max_samples=1_000_000)
 
     Each model's curve is that of its own ``fit``, bit for bit. Models that the native engine takes run side
-    by side: on a CPU one on each thread; on a GPU in the same launches, as far as they differ only in seed,
-    lr, beta and ``latent_dim``. The others take turns.
+    by side: on a CPU one on each thread; on a GPU, where ``engine="native"`` asks for it, in the same
+    launches as far as they differ only in seed, lr, beta and ``latent_dim``. The others take turns.
 
     Args:
         trainers: of one or more models, each of which is in there once.
@@ -130,9 +132,25 @@ def _side_by_side(runs: Sequence[_Run]) -> None:
     sizes = [run.sizes() for run in runs]
     before = [run.engine.snapshot() for run in runs]
     engines = [run.native for run in runs if run.native is not None]
-    terms = native.run_together(engines, [len(s) for s in sizes])
+    try:
+        terms = native.run_together(engines, [len(s) for s in sizes])
+    except BaseException as error:  # some may have moved: all are as they were
+        for run, saved in zip(runs, before, strict=True):
+            run.engine.restore(saved)
+        if isinstance(error, torch.OutOfMemoryError):
+            device = runs[0].trainer.device
+            raise TrainingError(
+                f"out of memory on {device}: {len(runs)} models side by side do not fit; wanted fewer"
+            ) from error
+        raise
+    failed = None
     for run, saved, term, size in zip(runs, before, terms, sizes, strict=True):
-        run.trainer._accept(run.engine, saved, term, size)
+        try:
+            run.trainer._accept(run.engine, saved, term, size)
+        except TrainingError as error:  # one model's; the others' steps count
+            failed = failed or error
+    if failed:
+        raise failed
     share = (time.perf_counter() - began) / len(runs)
     for run in runs:
         run.trainer.seconds += share

@@ -35,6 +35,7 @@ struct AmxTiles {
     static_assert(sizeof config == 64);
     asm volatile("" ::: "memory");  // the compiler takes 8 bytes of it for all that is read
     _tile_loadconfig(&config);
+    asm volatile("" ::: "memory");
   }
   ~AmxTiles() { _tile_release(); }
   AmxTiles(const AmxTiles&) = delete;

@@ -147,6 +147,7 @@ def advance(
     first: int = FIRST,
     seed: int = 0,
     device: str = "cpu",
+    engine: str = "auto",
     progress: bool = True,
     draw_only: bool = False,
 ) -> dict[tuple[str, str], list[Point]]:
@@ -177,7 +178,7 @@ def advance(
     total = sum(own[-1] - (points[-1].samples if points else 0) for *_, points, own in jobs)
     with _Progress(total, progress) as bar:
         for curve, folder, train, test, points, own in jobs:
-            _train(curve, folder, train, test, points, own, evaluate, seed, device, bar)
+            _train(curve, folder, train, test, points, own, evaluate, seed, device, engine, bar)
     return found
 
 
@@ -228,9 +229,10 @@ def _train(
     evaluate: Evaluate,
     seed: int,
     device: str,
+    engine: str,
     bar: _Progress,
 ) -> None:
-    trainer = _trainer(curve, seed, device)
+    trainer = _trainer(curve, seed, device, engine)
     path = folder / CHECKPOINT
     if path.exists():
         trainer.resume(path)
@@ -267,10 +269,11 @@ def _train(
         bar.say(curve, point)
 
 
-def _trainer(curve: Curve, seed: int, device: str) -> Trainer:
-    return ALGORITHMS[curve.algorithm](
-        curve.preset.model(seed=seed), **{**curve.preset.trainer_options, "seed": seed, "device": device}
-    )
+def _trainer(curve: Curve, seed: int, device: str, engine: str) -> Trainer:
+    options = {**curve.preset.trainer_options, "seed": seed, "device": device}
+    if curve.algorithm != "mcem":  # whose step is modules' alone
+        options["engine"] = engine
+    return ALGORITHMS[curve.algorithm](curve.preset.model(seed=seed), **options)
 
 
 def _online(trainer: Trainer, since: int) -> float:

@@ -38,6 +38,7 @@ def run(
     frey: str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
+    engine: str = "auto",
     first: int = FIRST,
     progress: bool = True,
     command: str = "",
@@ -53,6 +54,7 @@ def run(
             of Frey Face its panels are left out, which ``notes`` say.
         seed: of initial values, minibatches and noise.
         device: where to train.
+        engine: as in :class:`vae_fast.Trainer`, for what the native engine may be asked; not Monte Carlo EM.
         first: samples before the first point.
         progress: a bar on stderr, or a line per point where that is no terminal.
         command: printed in the page.
@@ -80,6 +82,7 @@ def run(
         first=first,
         seed=seed,
         device=device,
+        engine=engine,
         progress=progress,
         draw_only=draw_only,
     )

@@ -36,6 +36,7 @@ def run(
     mnist: str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
+    engine: str = "auto",
     first: int = FIRST,
     progress: bool = True,
     command: str = "",
@@ -64,6 +65,7 @@ def run(
         first=first,
         seed=seed,
         device=device,
+        engine=engine,
         progress=progress,
         draw_only=draw_only,
     )

@@ -25,6 +25,7 @@ def run(
     frey: str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
+    engine: str = "auto",
     first: int = FIRST,
     progress: bool = True,
     command: str = "",
@@ -41,7 +42,7 @@ def run(
     if not chosen:
         raise CurveError(" ".join(notes))
     samples = round(scale * FULL)
-    made, short = sheets.train(chosen, out, data, samples, first, seed, device, progress, draw_only)
+    made, short = sheets.train(chosen, out, data, samples, first, seed, device, engine, progress, draw_only)
     pictures = {}
     for key, model in made.items():
         name, n = GRIDS[key]

@@ -21,6 +21,7 @@ def run(
     mnist: str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
+    engine: str = "auto",
     first: int = FIRST,
     progress: bool = True,
     command: str = "",
@@ -35,7 +36,7 @@ def run(
     data, notes = curves.load_data(["mnist"], mnist, None)
     keys = [f"mnist-{latent}" for latent in LATENTS]
     samples = round(scale * FULL)
-    made, short = sheets.train(keys, out, data, samples, first, seed, device, progress, draw_only)
+    made, short = sheets.train(keys, out, data, samples, first, seed, device, engine, progress, draw_only)
     pictures = {
         f"{model.latent_dim} latents": plots.tile(model.sample(SIDE**2, seed=seed), None, SIDE, gap=0)
         for model in made.values()

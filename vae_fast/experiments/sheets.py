@@ -31,6 +31,7 @@ def train(
     first: int,
     seed: int,
     device: str,
+    engine: str,
     progress: bool,
     draw_only: bool,
 ) -> tuple[dict[str, VAE], list[str]]:
@@ -40,6 +41,7 @@ def train(
     """
     wanted = [figure2.curve(key) for key in keys]
     how: dict[str, Any] = {"samples": samples, "first": first, "seed": seed, "device": device}
+    how["engine"] = engine
     how |= {"progress": progress, "draw_only": draw_only}
     points = curves.advance(wanted, Path(out), data, figure2.bounds, **how)
     models = {c.panel: curves.model(c, Path(out)) for c in wanted if points[c.panel, c.algorithm]}

@@ -92,6 +92,7 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
   matrix("ll_parts", ll_parts_, column_parts(output_cols), decoder_rows, ll_stride_);
   matrix("kl_parts", kl_parts_, column_parts(2 * network_.latent_dim), most_size_, kl_stride_);
   parameters_ = models_[0].parameters;
+  starts_.resize(models_.size());
   if (models() > 1) {
     const auto shapes = parameter_shapes(network_);
     for (size_t i = 0; i < shapes.size(); ++i) {
@@ -346,14 +347,15 @@ int Schedule::exchange(bool import, cudaStream_t stream) {
 int Schedule::load(const std::vector<Steps>& steps, int64_t begin, int64_t count, cudaStream_t stream) {
   for (size_t m = 0; m < models_.size(); ++m) {
     const Steps& own = steps[m];
-    const int64_t zero = 0, updates_before = own.updates_before + begin;
+    // Copies may read what they are given until the stream has been waited for.
+    starts_[m] = {0, own.updates_before + begin};
     const auto copy = [&](auto* to, const auto* from, int64_t number) {
       return cudaMemcpyAsync(of_model(to, m), from, static_cast<size_t>(number) * sizeof *from, cudaMemcpyHostToDevice,
                              stream);
     };
     const size_t row_bytes = static_cast<size_t>(own.width * kWord);
-    cudaError_t error = copy(cursor_, &zero, 1);
-    if (!error) error = copy(updates_, &updates_before, 1);
+    cudaError_t error = copy(cursor_, &starts_[m].cursor, 1);
+    if (!error) error = copy(updates_, &starts_[m].updates, 1);
     if (!error) error = copy(own_, &models_[m].own, 1);
     if (!error) {
       error =

@@ -110,6 +110,10 @@ class Schedule {
   StepFactors* factors_ = nullptr;
   int64_t *cursor_ = nullptr, *updates_ = nullptr, *rows_ = nullptr, *sizes_ = nullptr, *seeds_ = nullptr;
   float* terms_ = nullptr;
+  struct Start {
+    int64_t cursor, updates;
+  };
+  std::vector<Start> starts_;  // of each model's next steps
   std::vector<Buffer> buffers_;
 
   bool warm_ = false;  // whether any step has been launched
