@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import vae_fast as vf
-from vae_fast import _C, datasets
+from vae_fast import _C, datasets, native
 from vae_fast.algorithms import wake_sleep
 from vae_fast.batches import ArraySource, StreamSource
 from vae_fast.engines import AutogradEngine, Plan, StepProgram, make_engine
@@ -414,6 +414,32 @@ def test_on_cuda_models_that_are_alike_share_a_step(monkeypatch: pytest.MonkeyPa
     assert StandIn.made == 6
     run_together(together[:2], [2, 1])  # other steps at once: not the same launches
     assert StandIn.made == 8
+
+
+def test_on_cuda_a_stream_in_half_precision_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "CudaStep", StandIn, raising=False)
+    monkeypatch.setattr(native, "_is_cuda", lambda device: True)
+    x = (pixels(96) / 255).half()
+    terms = []
+    for batches in (x.split(32), x.float().split(32)):
+        source: Any = StreamSource(
+            iter(batches),
+            likelihood="bernoulli",
+            targets="auto",
+            pixel_scale=255,
+            data_dim=37,
+            device=CPU,
+            first_step=0,
+        )
+        vae = vf.VAE(37, [8], 3, seed=0)
+        made = make_optimizer("adagrad", vae.parameters(), 0.01, accumulate_steps=0)
+        engine, _ = make_engine("native", vae, made, source, Plan(1), CPU)
+        found = []
+        for step in range(3):
+            source.sizes(step, 1)
+            found.append(engine.run(1))
+        terms.append(torch.cat(found))
+    assert torch.equal(*terms)
 
 
 # --- what it does not take --------------------------------------------------------------------------------

@@ -356,7 +356,19 @@ def _new_trainer(run: Run, engine: str, device: str) -> Trainer:
     from .nn import VAE
     from .trainer import Trainer
 
-    return Trainer(VAE(**run.model), engine=engine, device=_device(device), **run.training)
+    where = _device(device)
+    _check_native(engine, where)
+    return Trainer(VAE(**run.model), engine=engine, device=where, **run.training)
+
+
+def _check_native(engine: str, device: str) -> None:
+    from . import _C
+
+    if engine == "native" and device.startswith("cuda") and not hasattr(_C, "CudaStep"):
+        raise click.UsageError(
+            f"--engine: found native with --device {device}, but this build has no CUDA kernels; "
+            "wanted auto, or see vae-fast doctor"
+        )
 
 
 def _load_trainer(checkpoint: Path, engine: str = "auto", device: str = "cpu") -> Trainer:
@@ -1030,7 +1042,7 @@ def reproduce(
     Leaves a page, a picture, the numbers and the settings in --out. A killed command goes on when it is given
     again, a finished curve is not trained again, and a larger --scale continues the same curves. Curves end
     at the last tenth of a decade within --scale. For variance, --scale is the fraction of its draws, a tenth
-    at least.
+    at least, and --engine is not asked.
 
     \b
     Example: vae-fast reproduce figure2 --scale 0.1 --panels mnist-3,mnist-20
@@ -1043,6 +1055,7 @@ def reproduce(
         raise click.UsageError(f"--draw-only: found it with {what}; wanted one of the figures")
     command = shlex.join(["vae-fast", "reproduce", *_given(click.get_current_context(), without=())])
     how: dict[str, Any] = {"seed": seed, "device": _device(device)}
+    _check_native(engine, how["device"])
     with _writing(out):
         Path(out).mkdir(parents=True, exist_ok=True)
     said: set[str] = set()

@@ -140,7 +140,7 @@ class NativeEngine(AutogradEngine):
         self._on_cuda = _is_cuda(program.device)
         # On a GPU whatever the latents: models that differ in them are to take the same steps at once.
         run = MOST_ROWS / source.most_rows if self._on_cuda else RUN_FLOPS / flops
-        self.chunk_steps = int(min(max(run, 1), MOST_STEPS))
+        self.chunk_steps = int(min(max(run, 1), MOST_STEPS, source.steps_at_once))
         self._step = None
         if not self._on_cuda:
             self._step = _C.CpuStep(**self._network)
@@ -274,8 +274,10 @@ class _CudaSteps:
         """The terms of each engine's steps, ``[engines, steps, 3]``."""
         first = engines[0]
         data = first._program.source.data
-        if self._read != data.values.data_ptr():  # a stream writes its data in place
+        if self._read != data.values.data_ptr():
             self._values, self._read = _values(data), data.values.data_ptr()
+        elif first._program.source.count is None and self._values.data_ptr() != self._read:
+            self._values.copy_(data.values)  # a stream writes its data in place, and these are a copy
         models, updates = [], []
         for engine in engines:
             states, counters = engine._states()

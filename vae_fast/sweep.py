@@ -58,7 +58,7 @@ def sweep(
         while active := [run for run in runs if not run.done]:
             before = sum(run.trainer.samples_seen for run in runs)
             together = [run for run in active if run.native is not None]
-            _side_by_side(together)
+            failed = _side_by_side(together)
             for run in active:
                 if run not in together:
                     with run.trainer._randomness():
@@ -66,6 +66,8 @@ def sweep(
             for run in active:
                 run.report_if_due()
             bar.update(sum(run.trainer.samples_seen for run in runs) - before)
+            if failed:
+                raise failed
             if interrupt.happened:
                 raise KeyboardInterrupt(
                     f"stopped after {max(r.trainer.samples_seen for r in runs)} samples each"
@@ -124,33 +126,41 @@ class _Run:
             self.next_report = self._after(self.trainer.samples_seen)
 
 
-def _side_by_side(runs: Sequence[_Run]) -> None:
-    """The next steps of each; ``seconds`` of a trainer is then its share of the time."""
+def _side_by_side(runs: Sequence[_Run]) -> TrainingError | None:
+    """The next steps of each; ``seconds`` of a trainer is then its share of the time.
+
+    Where a model fails, the others' steps count, and the first error is returned.
+    """
     if not runs:
-        return
+        return None
     began = time.perf_counter()
     sizes = [run.sizes() for run in runs]
     before = [run.engine.snapshot() for run in runs]
     engines = [run.native for run in runs if run.native is not None]
+    waiting = list(zip(runs, before, strict=True))  # models that have moved, and are not counted
+    failed = None
     try:
         terms = native.run_together(engines, [len(s) for s in sizes])
-    except BaseException as error:  # some may have moved: all are as they were
-        for run, saved in zip(runs, before, strict=True):
+        for term, size in zip(terms, sizes, strict=True):
+            (run, saved), counted = waiting[0], waiting[0][0].trainer.step_count
+            try:
+                run.trainer._accept(run.engine, saved, term, size)
+            except TrainingError as error:
+                failed = failed or error
+            except BaseException:
+                if run.trainer.step_count > counted:  # its own step by step: there is nothing to go back from
+                    del waiting[0]
+                raise
+            del waiting[0]
+    except BaseException as error:
+        for run, saved in waiting:
             run.engine.restore(saved)
         if isinstance(error, torch.OutOfMemoryError):
-            device = runs[0].trainer.device
             raise TrainingError(
-                f"out of memory on {device}: {len(runs)} models side by side do not fit; wanted fewer"
+                f"out of memory: {len(runs)} models side by side do not fit; wanted fewer"
             ) from error
         raise
-    failed = None
-    for run, saved, term, size in zip(runs, before, terms, sizes, strict=True):
-        try:
-            run.trainer._accept(run.engine, saved, term, size)
-        except TrainingError as error:  # one model's; the others' steps count
-            failed = failed or error
-    if failed:
-        raise failed
     share = (time.perf_counter() - began) / len(runs)
     for run in runs:
         run.trainer.seconds += share
+    return failed

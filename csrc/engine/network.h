@@ -28,12 +28,12 @@ struct Network {
   float logvar_scale = 1;  // the encoder's logvar is logvar_scale W h + b
 };
 
+constexpr uint64_t kDreamOfZ = 1, kDreamOfX = 2;  // substreams of a step's noise: z' and x' of wake_sleep
+
 // The objective of a step is the minibatch mean of 1/L sum_l log p(x|z_l) - beta KL, or of SGVB-A's estimate of it,
 // plus weight_prior * log N(W; 0, I) for every weight (not bias): weight_prior is 1/N, or 0 for none. By wake_sleep the
 // decoder ascends log p(x|z), z ~ q(z|x), and the encoder log q(z'|x') for a dream (z', x') ~ p(z) p(x|z); L and beta
 // are then 1.
-constexpr uint64_t kDreamOfZ = 1, kDreamOfX = 2;  // substreams of a step's noise: z' and x' of wake_sleep
-
 struct Objective {
   Estimator estimator;
   int64_t num_samples;  // L

@@ -271,7 +271,7 @@ def _train(
 
 def _trainer(curve: Curve, seed: int, device: str, engine: str) -> Trainer:
     options = {**curve.preset.trainer_options, "seed": seed, "device": device}
-    if curve.algorithm != "mcem":  # whose step is modules' alone
+    if curve.algorithm != "mcem" or engine != "native":  # which has no step of Monte Carlo EM
         options["engine"] = engine
     return ALGORITHMS[curve.algorithm](curve.preset.model(seed=seed), **options)
 

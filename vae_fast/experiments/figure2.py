@@ -54,7 +54,7 @@ def run(
             of Frey Face its panels are left out, which ``notes`` say.
         seed: of initial values, minibatches and noise.
         device: where to train.
-        engine: as in :class:`vae_fast.Trainer`, for what the native engine may be asked; not Monte Carlo EM.
+        engine: as in :class:`vae_fast.Trainer`; Monte Carlo EM takes "auto" for "native".
         first: samples before the first point.
         progress: a bar on stderr, or a line per point where that is no terminal.
         command: printed in the page.

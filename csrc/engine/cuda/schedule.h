@@ -18,7 +18,7 @@
 //
 // Of several models side by side each launch does all. One model is trained where its parameters lie; of several a run
 // copies the parameters to the models' own memory and back, where weights that the latents have are padded (Own).
-// tests/cuda_schedule.py has the same schedule in Python and checks who reads and writes what.
+// tests/cuda_schedule.py has the first of these schedules in Python and checks who reads and writes what.
 #pragma once
 
 #include <cuda_runtime.h>
