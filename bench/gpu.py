@@ -36,7 +36,7 @@ SHARES = {
     "build": 2.6,
     "tests": 1.9,
     "sanitizer": 1.2,
-    "native_step": 0.8,
+    "native_step": 1.2,
     "bench": 2.5,
     "latency": 1.5,
     "sizes": 4.0,
