@@ -215,12 +215,16 @@ def figure(results: Sequence[Result]) -> Figure:
     return drawing
 
 
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
 def _bars(ax: Axes, result: Result) -> None:
     timed = sorted(times(result).items(), key=lambda entry: entry[1])
     slowest = max(time for _, time in timed)
     unit, scale = ("ms", 1e3) if slowest >= 2000 else ("µs", 1.0)
     least = floor(result)
-    line = "" if least is None else f" (line: the matrix floor, {least / scale:#.3g})"
+    line = "" if least is None else f" (line: the matrix floor, {_three_digits(least / scale)})"
     plots._style(ax, f"{title(result)}: {unit}{line}")
     ax.grid(False, axis="y")
     for row, (name, time) in enumerate(timed):
@@ -230,7 +234,7 @@ def _bars(ax: Axes, result: Result) -> None:
         ax.barh(row, time / scale, 0.72, color=colour, zorder=2)
         ax.errorbar(time / scale, row, xerr=[[low], [high]], color=plots.QUIET, lw=1, zorder=3)
         ax.annotate(
-            f"{time / scale:#.3g}",
+            _three_digits(time / scale),
             (max(time, entry["high"]) / scale, row),
             (4, 0),
             textcoords="offset points",
