@@ -177,7 +177,7 @@ void run_part(const GaussianLoss& a, int64_t begin, int64_t end) {
       VF m = M::load(mean + c, n), lv = M::load(logvar + c, n), derivative = constant<VF>(1.0);
       if (a.sigmoid_mean) {
         derivative = -bernoulli_curvature(m);
-        m = -bernoulli_grad_logit(m, VF{});  // sigmoid(m)
+        m = sigmoid(m);
       }
       const GaussianResidual<VF> residual(m, lv, M::load(x + c, n));
       const VF scale = in_every_lane(-a.scale);
@@ -196,7 +196,7 @@ void run_part(const Dream& a, int64_t begin, int64_t end) {
     float* x = at(a.x, r, 0);
     for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t n) {
       VF mean = M::load(outputs + c, n);
-      if (a.likelihood != engine::Likelihood::gaussian) mean = -bernoulli_grad_logit(mean, VF{});  // the sigmoid
+      if (a.likelihood != engine::Likelihood::gaussian) mean = sigmoid(mean);
       if (!bernoulli) mean = reparameterize(mean, M::load(outputs + a.half + c, n), M::load(a.eps + r * a.cols + c, n));
       M::store(x + c, mean, n);
     });

@@ -85,6 +85,12 @@ VAE_FAST_INLINE V bernoulli_grad_logit(V l, V x) {
   return bernoulli_grad_logit<V, M>(l, x, bernoulli_odds<V, M>(l));
 }
 
+// y
+template <class V>
+VAE_FAST_INLINE V sigmoid(V l) {
+  return -bernoulli_grad_logit(l, V{});
+}
+
 // d2/dl2 log p
 template <class V, class M = Math<V>>
 VAE_FAST_INLINE V bernoulli_curvature(V l) {

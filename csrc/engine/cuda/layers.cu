@@ -198,8 +198,7 @@ struct DreamBernoulli {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (col + i >= cols) break;
-      const float probability = -bernoulli_grad_logit(s.value[i] + bias[col + i], 0.0f);  // the sigmoid
-      s.value[i] = bernoulli_draw(seed, row * cols + col + i, probability);
+      s.value[i] = bernoulli_draw(seed, row * cols + col + i, sigmoid(s.value[i] + bias[col + i]));
     }
     write_four(x + row * x_stride + col, s.value);
     return 0.0f;
@@ -225,7 +224,7 @@ struct DreamGaussian {  // columns are mean_0, logvar_0, mean_1, ...
       const int64_t d = col / 2 + i;
       if (d >= features) break;
       const float linear = s.value[2 * i] + bias_mean[d], logvar = s.value[2 * i + 1] + bias_logvar[d];
-      const float mean = sigmoid_mean ? -bernoulli_grad_logit(linear, 0.0f) : linear;
+      const float mean = sigmoid_mean ? sigmoid(linear) : linear;
       x[row * x_stride + d] = reparameterize(mean, logvar, philox_normal(seed, row * features + d));
     }
     return 0.0f;
@@ -284,8 +283,7 @@ struct GaussianOutput {  // columns are mean_0, logvar_0, mean_1, ...
       const int64_t d = col / 2 + i;
       if (d >= features) break;
       const float linear = s.value[2 * i] + bias_mean[d], logvar = s.value[2 * i + 1] + bias_logvar[d];
-      const float sigmoid = -bernoulli_grad_logit(linear, 0.0f);
-      const float mean = sigmoid_mean ? sigmoid : linear;
+      const float mean = sigmoid_mean ? sigmoid(linear) : linear;
       const GaussianResidual<float> residual(mean, logvar, x[row % here.size * x_stride + d]);
       log_likelihood += residual.log_likelihood(logvar);
       const float slope = sigmoid_mean ? -bernoulli_curvature(linear) : 1.0f;
