@@ -22,6 +22,8 @@ namespace {
 constexpr int64_t kAmxRows = 32, kAmxTerms = 32, kAmxBlock = kAmxRows * kAmxTerms / 2;  // of 32 bits
 static_assert(kPanel == 32);
 
+constexpr int64_t kAmxTiles = (kRowBlock + kAmxRows - 1) / kAmxRows;  // of rows, in a block of them
+
 VAE_FAST_INLINE int64_t amx_blocks(int64_t terms) { return (terms + kAmxTerms - 1) / kAmxTerms; }
 
 // Eight tiles of 16 rows of 64 bytes, for this thread, as long as this lives
@@ -149,7 +151,7 @@ struct AmxForward {
   AmxTiles tiles;
 
   explicit AmxForward(const Forward& part) : a(part), blocks(amx_blocks(part.inputs)) {
-    left = amx_left.at_least(kRowBlock / kAmxRows * blocks + blocks);
+    left = amx_left.at_least(kAmxTiles * blocks);
     right = amx_right.at_least(blocks);
   }
   void begin(int64_t first_row, int64_t last_row, int64_t p) {
@@ -177,7 +179,7 @@ struct AmxInputGradient {
 
   explicit AmxInputGradient(const InputGradient& part) : a(part) {
     left = amx_left.at_least(a.panels);
-    right = amx_right.at_least((kRowBlock / kAmxRows + 1) * a.panels);
+    right = amx_right.at_least(kAmxTiles * a.panels);
   }
   void begin(int64_t first_row, int64_t last_row, int64_t first_input) {
     if (first_row != first) {

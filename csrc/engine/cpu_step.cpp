@@ -33,7 +33,11 @@ double sum(const std::vector<double>& values, int64_t count) {
 }  // namespace
 
 CpuStep::CpuStep(const Network& network, const Objective& objective, Precision precision)
-    : network_(network), objective_(objective), fast_(precision == Precision::fast), tile_(cpu::tile()) {
+    : network_(network),
+      objective_(objective),
+      fast_(precision == Precision::fast),
+      leaves_zeros_out_(!fast_ || !cpu::matrix_unit()),
+      tile_(cpu::tile()) {
   const Epilogue hidden = network.activation == Activation::tanh ? Epilogue::tanh : Epilogue::relu;
   int64_t inputs = network.data_dim;
   const auto add = [&](std::vector<int64_t> groups, Epilogue epilogue) {
@@ -142,6 +146,7 @@ void CpuStep::reserve(int64_t batch) {
 
 // Of the encoder's first layer's input, for its two products
 void CpuStep::find_zeros(Matrix x, int64_t batch) {
+  if (!leaves_zeros_out_) return;
   cpu::launch(cpu::FindZeros{batch, network_.data_dim, x, columns_.data(), row_numbers_.data(), of_rows_.data(),
                              of_columns_.data()});
 }
@@ -150,7 +155,7 @@ void CpuStep::forward(Layer& layer, Matrix in, int64_t rows, Epilogue epilogue, 
   cpu::Forward a{};
   a.epilogue = epilogue, a.fast = fast_;
   a.rows = rows, a.inputs = layer.inputs, a.outputs = layer.groups[0], a.panels = layer.panels;
-  a.in = in, a.nonzero = &layer == &layers_[0] ? of_rows_.data() : nullptr;
+  a.in = in, a.nonzero = leaves_zeros_out_ && &layer == &layers_[0] ? of_rows_.data() : nullptr;
   a.weight = operand(layer), a.bias = layer.bias.data(), a.out = layer.out;
   a.logvar_panel = logvar_panel(layer), a.logvar_scale = network_.logvar_scale;
   a.x = targets.x, a.x_rows = targets.rows, a.scale = targets.scale;
@@ -210,7 +215,7 @@ void CpuStep::update(int64_t batch, int64_t decoded, const Optimizer& optimizer,
                         layer.grad_out,
                         logvar_panel(layer),
                         network_.logvar_scale,
-                        i == 0 ? of_columns_.data() : nullptr,
+                        leaves_zeros_out_ && i == 0 ? of_columns_.data() : nullptr,
                         rule,
                         factors,
                         objective_.weight_prior,
