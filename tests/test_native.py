@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -289,20 +289,24 @@ def test_the_state_goes_from_one_engine_to_another() -> None:
         torch.testing.assert_close(second.run(4).double(), wanted[4:], rtol=1e-5, atol=1e-4)
 
 
+def stream_of(batches: Iterable[Tensor]) -> Any:
+    return StreamSource(
+        iter(batches),
+        likelihood="bernoulli",
+        targets="auto",
+        pixel_scale=255,
+        data_dim=37,
+        device=CPU,
+        first_step=0,
+    )
+
+
 def test_a_stream_gives_the_steps_of_its_array() -> None:
     x = pixels(96)
     vae, other = vf.VAE(37, [8], 3, seed=0), vf.VAE(37, [8], 3, seed=0)
     terms = []
     for model in (vae, other):
-        source: Any = StreamSource(
-            iter(x.split(32)),
-            likelihood="bernoulli",
-            targets="auto",
-            pixel_scale=255,
-            data_dim=37,
-            device=CPU,
-            first_step=0,
-        )
+        source = stream_of(x.split(32))
         source.sizes(0, 3)
         made = make_optimizer("adagrad", model.parameters(), 0.01, accumulate_steps=0)
         name = "native" if model is vae else "modules"
@@ -422,15 +426,7 @@ def test_on_cuda_a_stream_in_half_precision_is_read_anew(monkeypatch: pytest.Mon
     x = (pixels(96) / 255).half()
     terms = []
     for batches in (x.split(32), x.float().split(32)):
-        source: Any = StreamSource(
-            iter(batches),
-            likelihood="bernoulli",
-            targets="auto",
-            pixel_scale=255,
-            data_dim=37,
-            device=CPU,
-            first_step=0,
-        )
+        source = stream_of(batches)
         vae = vf.VAE(37, [8], 3, seed=0)
         made = make_optimizer("adagrad", vae.parameters(), 0.01, accumulate_steps=0)
         engine, _ = make_engine("native", vae, made, source, Plan(1), CPU)

@@ -122,4 +122,7 @@ def test_one_model_that_fails_does_not_move_the_others_unseen() -> None:
         vf.sweep([bad, good], data(), max_samples=700, progress=False)
     alone.fit(data(), max_samples=700, progress=False)
     assert (bad.samples_seen, good.samples_seen) == (0, alone.samples_seen)
+    ours, theirs = good.history.to_dict(), alone.history.to_dict()
+    assert len(ours["samples"]) > 0
+    assert [ours[c] for c in ours if c != "seconds"] == [theirs[c] for c in theirs if c != "seconds"]
     assert all(map(torch.equal, good.model.parameters(), alone.model.parameters()))
