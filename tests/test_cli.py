@@ -265,6 +265,19 @@ class TestWrongCommands:
         assert words in sentence
         assert os.listdir() == ["digits.npy"]
 
+    @pytest.mark.parametrize("command", [("train",), ("reproduce", "figure2")])
+    def test_a_native_engine_that_was_not_built(
+        self, vae_fast, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+    ) -> None:
+        """A GPU that torch sees, and a build without CUDA kernels"""
+        monkeypatch.setattr(cli, "_device", lambda name: "cuda:0")
+        monkeypatch.delattr(vf._C, "CudaStep", raising=False)
+        result = vae_fast(*command, "--engine", "native", "--device", "cuda:0", "--out", "run")
+        assert result.code == 2
+        (sentence,) = result.err.splitlines()
+        assert "--engine: found native with --device cuda:0" in sentence and "vae-fast doctor" in sentence
+        assert os.listdir() == []
+
     def test_a_folder_that_cannot_be_made(self, vae_fast, digits: Path) -> None:
         Path("file").touch()
         for out in ("file", "file/run"):
