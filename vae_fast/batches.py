@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .datasets import DataError, Prepared, prepare
-from .estimators import GOLDEN, ORDER, step_seed
+from .estimators import GOLDEN, ORDER, splitmix64, step_seeds
 
 ORDERS = ("shuffle", "replacement")
 
@@ -91,36 +91,47 @@ class MinibatchOrder:
 
     def rows(self, first_step: int, n_steps: int) -> NDArray[np.int64]:
         if self.kind == "replacement":
-            seeds = [step_seed(self.seed, step, ORDER) for step in range(first_step, first_step + n_steps)]
-            high = _words(np.array(seeds, dtype=np.int64), self.batch_size) >> np.uint64(32)
+            seeds = step_seeds(self.seed, first_step, n_steps, ORDER)[:, 0]
+            high = _words(seeds, self.batch_size) >> np.uint64(32)
             return ((high * np.uint64(self.count)) >> np.uint64(32)).astype(np.int64)
-        width = min(self.batch_size, self.count)
-        rows = np.empty((n_steps, width), dtype=np.int64)
-        for i in range(n_steps):
-            epoch, step = divmod(first_step + i, self.steps_per_epoch)
-            rows[i] = self._epoch(epoch)[step * width : (step + 1) * width]
-        return rows
+        parts = [np.empty((0, min(self.batch_size, self.count)), dtype=np.int64)]
+        while n_steps > 0:
+            epoch, step = divmod(first_step, self.steps_per_epoch)
+            parts.append(self._epoch(epoch)[step : step + n_steps])
+            first_step, n_steps = first_step + len(parts[-1]), n_steps - len(parts[-1])
+        return np.concatenate(parts)
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The rows of an epoch, then zeros up to a whole number of minibatches."""
-        if epoch not in self._epochs:
-            keys = _words(np.array([step_seed(self.seed, epoch, ORDER)], dtype=np.int64), self.count)[0]
-            padded = np.zeros(self.steps_per_epoch * min(self.batch_size, self.count), dtype=np.int64)
-            padded[: self.count] = np.argsort(keys, kind="stable")
-            while len(self._epochs) > 1:  # this one and the one before are enough
-                del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = padded
-        return self._epochs[epoch]
+        """The rows of an epoch's minibatches, zeros at the end of the last; ``[steps, width]``."""
+        found = self._epochs.get(epoch)
+        if found is None:
+            keys = _words(step_seeds(self.seed, epoch, 1, ORDER)[:, 0], self.count)[0]
+            width = min(self.batch_size, self.count)
+            padded = np.zeros(self.steps_per_epoch * width, dtype=np.int64)
+            padded[: self.count] = order_of(keys)
+            for old in sorted(tuple(self._epochs))[:-1]:  # one and the new one are enough
+                self._epochs.pop(old, None)  # another thread, which prepares the next steps, may have
+            found = self._epochs[epoch] = padded.reshape(-1, width)
+        return found
+
+
+def order_of(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The indices i in the order of (keys[i], i): a stable argsort."""
+    # Sorting words is several times as fast as sorting indices: the index takes the place of the low bits.
+    bits = np.uint64(len(keys).bit_length())
+    packed = ((keys >> bits) << bits) | np.arange(len(keys), dtype=np.uint64)
+    packed.sort()
+    order = (packed & np.uint64((1 << int(bits)) - 1)).astype(np.int64)
+    ordered = keys[order]
+    if (ordered[1:] < ordered[:-1]).any():  # two keys differ in their low bits alone
+        order = np.argsort(keys, kind="stable")
+    return order
 
 
 def _words(seeds: NDArray[np.int64], count: int) -> NDArray[np.uint64]:
     """word(s, k) of :class:`MinibatchOrder` for every seed s and k < count; ``[len(seeds), count]``."""
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-    x = seeds.view(np.uint64)[:, None] + steps
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-    return mixed
+    return splitmix64(seeds.view(np.uint64)[:, None] + steps)
 
 
 def binarise(probabilities: Tensor, words: Tensor) -> Tensor:

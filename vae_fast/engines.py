@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import functional, reference
 from .batches import Source
-from .estimators import BINARISE, ESTIMATORS, MODULES, NOISE, Estimate, step_seed, weights
+from .estimators import BINARISE, ESTIMATORS, MODULES, NOISE, Estimate, step_seed, step_seeds, weights
 
 CHUNK_STEPS = {"cpu": 50, "cuda": 1000}  # the host looks at a training so often: a few times a second
 ENGINES = ("auto", "reference", "modules", "native")
@@ -145,10 +145,9 @@ class StepProgram:
         if outgrown or self.source.version != self._source_version:
             most = max(n_steps, len(self.rows), min(CHUNK_STEPS[self.device.type], self.source.steps_at_once))
             self._allocate(most, max(rows.shape[1], self.rows.shape[1]))
-        steps = range(first_step, first_step + n_steps)
-        seeds = [[step_seed(self.plan.seed, step, stream) for stream in (NOISE, BINARISE)] for step in steps]
+        seeds = step_seeds(self.plan.seed, first_step, n_steps, NOISE, BINARISE)
         self.rows[:n_steps, : rows.shape[1]].copy_(rows)
-        self.seeds[:n_steps].copy_(torch.tensor(seeds, dtype=torch.int64))
+        self.seeds[:n_steps].copy_(torch.from_numpy(seeds))
         self.cursor.zero_()
 
     def __call__(self, size: int) -> None:

@@ -16,9 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .distributions import log_normal as log_normal  # of use to algorithms that call no estimator
@@ -35,12 +37,19 @@ NOISE, ORDER, BINARISE, MODULES, EVALUATE, EVALUATE_BINARISE = range(6)
 CHAIN, EVALUATE_CHAIN, EVALUATE_IMPORTANCE = range(16, 19)
 
 
-def splitmix64(state: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea & Flood, OOPSLA 2014): a bijection that scrambles 64 bits."""
-    state &= _MASK64
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return state ^ (state >> 31)
+Words = TypeVar("Words", int, NDArray[np.uint64])
+
+
+def splitmix64(state: Words) -> Words:
+    """The finaliser of splitmix64 (Steele, Lea & Flood, OOPSLA 2014): a bijection that scrambles 64 bits; of
+    one word or of many.
+    """
+    word: Any = state
+    word = word & _MASK64
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK64
+    scrambled: Words = word ^ (word >> 31)
+    return scrambled
 
 
 def step_seed(seed: int, step: int, stream: int = NOISE) -> int:
@@ -52,6 +61,13 @@ def step_seed(seed: int, step: int, stream: int = NOISE) -> int:
     """
     mixed = splitmix64(seed + (step + 1) * GOLDEN + stream * _STREAM)
     return mixed - 2**64 if mixed >= 2**63 else mixed
+
+
+def step_seeds(seed: int, first_step: int, n_steps: int, *streams: int) -> NDArray[np.int64]:
+    """:func:`step_seed` of consecutive steps, ``[n_steps, len(streams)]``."""
+    first = [(seed + (first_step + 1) * GOLDEN + stream * _STREAM) & _MASK64 for stream in streams]
+    later = np.arange(n_steps, dtype=np.uint64) * np.uint64(GOLDEN)
+    return splitmix64(np.array(first, dtype=np.uint64) + later[:, None]).view(np.int64)
 
 
 class Estimate(NamedTuple):

@@ -8,6 +8,7 @@ new.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from . import _C
 from .datasets import Prepared
 from .distributions import posterior_of
 from .engines import AutogradEngine, StepProgram
-from .estimators import BINARISE, NOISE, step_seed
+from .estimators import BINARISE, NOISE, step_seeds
 from .nn import MLPDecoder, MLPEncoder
 from .optim import Adagrad
 
@@ -25,6 +26,9 @@ from .optim import Adagrad
 RUN_FLOPS = 2e11
 MOST_STEPS = 1000
 MOST_ROWS = 2**22  # on a GPU, where all rows of a run lie there: 32 MB
+
+Minibatches = tuple[Tensor, Tensor, Tensor]
+_HOST = ThreadPoolExecutor(1, "vae-fast minibatches")  # what a GPU's next steps need, while it is busy
 
 # How the engine names an optimizer, and what that keeps of a parameter, in the engine's order
 _KINDS: dict[type[torch.optim.Optimizer], tuple[str, tuple[str, ...]]] = {
@@ -145,6 +149,7 @@ class NativeEngine(AutogradEngine):
         if not self._on_cuda:
             self._step = _C.CpuStep(**self._network)
         self._cuda_steps = _CudaSteps()
+        self._ahead: dict[tuple[int, int], Future[Minibatches]] = {}
 
     @property
     def note(self) -> str:
@@ -202,20 +207,28 @@ class NativeEngine(AutogradEngine):
             data.scale,
         )
 
-    def _minibatches(self, n_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _minibatches(self, n_steps: int) -> Minibatches:
         """(rows, sizes, seeds) of the next steps, int64 on the CPU."""
-        plan, source = self._program.plan, self._program.source
-        sizes = source.sizes(self.next_step, n_steps)
-        if len(sizes) < n_steps:
-            raise ValueError(f"n_steps: got {n_steps}, but the stream has only {len(sizes)} minibatches left")
-        rows = source.rows(self.next_step, n_steps)
-        steps = range(self.next_step, self.next_step + n_steps)
-        seeds = [[step_seed(plan.seed, step, stream) for stream in (NOISE, BINARISE)] for step in steps]
-        return (
-            torch.from_numpy(rows).contiguous(),
-            torch.from_numpy(sizes).contiguous(),
-            torch.tensor(seeds, dtype=torch.int64),
-        )
+        asked = self.next_step, n_steps
+        found = self._ahead.pop(asked).result() if asked in self._ahead else self._drawn(*asked)
+        self._ahead.clear()
+        if len(found[1]) < n_steps:
+            have = len(found[1])
+            raise ValueError(f"n_steps: got {n_steps}, but the stream has only {have} minibatches left")
+        return found
+
+    def _drawn(self, first_step: int, n_steps: int) -> Minibatches:
+        source = self._program.source
+        sizes = source.sizes(first_step, n_steps)
+        rows = source.rows(first_step, len(sizes))
+        seeds = step_seeds(self._program.plan.seed, first_step, len(sizes), NOISE, BINARISE)
+        return torch.from_numpy(rows).contiguous(), torch.from_numpy(sizes), torch.from_numpy(seeds)
+
+    def draw_ahead(self, n_steps: int) -> None:
+        """Draws the minibatches of the steps after the next ``n_steps``, likely as many, while these run."""
+        if self._program.source.count is not None:  # a stream is not asked before it must be
+            later = self.next_step + n_steps, n_steps
+            self._ahead[later] = _HOST.submit(self._drawn, *later)
 
     def count(self, n_steps: int) -> None:
         """Notes that steps have been taken."""
@@ -270,7 +283,7 @@ class _CudaSteps:
         self._values, self._read = torch.empty(0), 0  # the data, and where they were read
         self._room = (0, 0)  # datapoints of a minibatch, steps
 
-    def run(self, engines: Sequence[NativeEngine], minibatches: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    def run(self, engines: Sequence[NativeEngine], minibatches: Sequence[Minibatches]) -> Tensor:
         """The terms of each engine's steps, ``[engines, steps, 3]``."""
         first = engines[0]
         data = first._program.source.data
@@ -337,6 +350,8 @@ def run_together(engines: Sequence[NativeEngine], n_steps: Sequence[int]) -> lis
             minibatches[i] = engine._minibatches(n_steps[i])
             groups.setdefault((engine.alike, minibatches[i][0].shape), []).append(i)
     for group in groups.values():
+        for i in group:
+            engines[i].draw_ahead(n_steps[i])
         steps = engines[group[0]]._cuda_steps
         of_all = steps.run([engines[i] for i in group], [minibatches[i] for i in group])
         for i, own in zip(group, of_all, strict=True):

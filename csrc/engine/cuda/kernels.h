@@ -54,6 +54,12 @@ struct Way {
   int64_t most_rows;  // of any step, for the grid
   int multiprocessors;
   cudaStream_t stream;
+  // Whether it may begin before the launch ahead of it has ended: it then waits by itself, and what it can do without
+  // is done by then.
+  bool overlap = false;
+  // Whether no launch that is still running changes weights: these are then read before the wait. So it is but for the
+  // launch next to an update, for every kernel waits for those ahead of it before it lets the next one begin.
+  bool weights_settled = false;
 };
 
 // x[i, b, d] = scale values[rows[step, b], d] as float for `count` steps from the cursor on, or the draw from

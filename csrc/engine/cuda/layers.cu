@@ -24,6 +24,7 @@ struct Product {
   Matrix a, b;
   int64_t samples, cols, ks;
   Epilogue epilogue;
+  bool b_settled = false;  // see Way
 };
 
 struct KeepFour {
@@ -47,13 +48,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Epilogue::kAddsSamples || Sha
   const int64_t rows = Epilogue::kAddsSamples ? here.size : here.size * p.samples;
   const TileOf tile{static_cast<int64_t>(blockIdx.y) * Shape::kRows, static_cast<int64_t>(blockIdx.x) * Shape::kCols,
                     rows, p.cols, p.ks};
-  if (tile.row >= rows) return;  // the minibatch is smaller than the largest
+  if (tile.row >= rows) {  // the minibatch is smaller than the largest
+    wait_for_earlier_launches();
+    return;
+  }
 
   typename Epilogue::State state[Shape::kQuads] = {};
   const int64_t samples = Epilogue::kAddsSamples ? p.samples : 1;
   for (int64_t sample = 0; sample < samples; ++sample) {
     if (sample > 0) __syncthreads();  // the sums of the sample before have been read
-    multiply_tile<kPrecision, Shape, true, kBByRow>(memory, a, b, sample * rows, tile, [](const float*) {});
+    multiply_tile<kPrecision, Shape, true, kBByRow>(memory, a, b, sample * rows, tile, p.b_settled,
+                                                    [](const float*) {});
 #pragma unroll
     for (int i = 0; i < Shape::kQuads; ++i) {
       const Four<Shape> four(memory, i);
@@ -383,7 +388,7 @@ bool fills(int64_t models, int64_t most_rows, int64_t cols, int multiprocessors)
 }
 
 template <Precision kPrecision, class Shape, bool kBByRow, class Epilogue>
-int launch_shape(const Product<Epilogue>& product, const Way& way) {
+int launch_shape(Product<Epilogue> product, const Way& way) {
   constexpr size_t kBytes = TileMemory<Shape, true, kBByRow>::kBytes;
   const auto kernel = product_kernel<kPrecision, Shape, kBByRow, Epilogue>;
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
@@ -395,8 +400,8 @@ int launch_shape(const Product<Epilogue>& product, const Way& way) {
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = way.stream;
-  cudaLaunchKernelEx(&config, kernel, product);
-  return cudaGetLastError();
+  product.b_settled = way.weights_settled;
+  return launch_kernel(config, kernel, product, way.overlap);
 }
 
 template <class Shape, bool kBByRow, class Epilogue>

@@ -91,6 +91,21 @@ inline Matrix matrix_of(const float* first, int64_t stride, const float* second 
           on_sixteen_bytes(first, stride) && on_sixteen_bytes(second, stride)};
 }
 
+template <class Args>
+int launch_kernel(cudaLaunchConfig_t config, void (*kernel)(Args), const Args& args, bool overlap) {
+#if !defined(VAE_FAST_CUDA_EMULATION)
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (overlap) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+#endif
+  cudaLaunchKernelEx(&config, kernel, args);
+  return cudaGetLastError();
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A chunk of an operand in shared memory: kLines lines of kWidth floats, a line being a row (kByRow), or else one k for
@@ -219,10 +234,11 @@ struct TileOf {
 };
 
 // The tile of C in shared memory, kWarpsK summands of each element; see `four`. `each_chunk` is called with every
-// chunk of A in turn. Ends with the block in step.
+// chunk of A in turn. Waits for the launches ahead, and before that reads of B alone, if `b_settled`. Ends with the
+// block in step.
 template <Precision kPrecision, class Shape, bool kAByRow, bool kBByRow, class EachChunk>
 __device__ __forceinline__ void multiply_tile(float* memory, const Matrix& a, const Matrix& b, int64_t a_first_row,
-                                              const TileOf& tile, const EachChunk& each_chunk) {
+                                              const TileOf& tile, bool b_settled, const EachChunk& each_chunk) {
   using Memory = TileMemory<Shape, kAByRow, kBByRow>;
   using A = typename Memory::A;
   using B = typename Memory::B;
@@ -232,26 +248,43 @@ __device__ __forceinline__ void multiply_tile(float* memory, const Matrix& a, co
   const int first_col = warp % Shape::kWarpsN * Shape::kWarpCols;
   const int chunks = static_cast<int>((tile.ks + Shape::kDepth - 1) / Shape::kDepth);
 
-  const auto load = [&](int chunk) {
-    if (chunk < chunks) {
-      float* stage = memory + chunk % Shape::kStages * Memory::kStageFloats;
-      const int64_t k = int64_t{chunk} * Shape::kDepth;
-      if constexpr (kAByRow) {
-        A::template load<Shape::kThreads>(stage, a, a_first_row + tile.row, a_first_row + tile.rows, k, tile.ks);
-      } else {
-        A::template load<Shape::kThreads>(stage, a, k, tile.ks, tile.row, tile.rows);
-      }
-      if constexpr (kBByRow) {
-        B::template load<Shape::kThreads>(stage + A::kFloats, b, tile.col, tile.cols, k, tile.ks);
-      } else {
-        B::template load<Shape::kThreads>(stage + A::kFloats, b, k, tile.ks, tile.col, tile.cols);
-      }
+  const auto load_a = [&](int chunk) {
+    if (chunk >= chunks) return;
+    float* to = memory + chunk % Shape::kStages * Memory::kStageFloats;
+    const int64_t k = int64_t{chunk} * Shape::kDepth;
+    if constexpr (kAByRow) {
+      A::template load<Shape::kThreads>(to, a, a_first_row + tile.row, a_first_row + tile.rows, k, tile.ks);
+    } else {
+      A::template load<Shape::kThreads>(to, a, k, tile.ks, tile.row, tile.rows);
     }
+  };
+  const auto load_b = [&](int chunk) {
+    if (chunk >= chunks) return;
+    float* to = memory + chunk % Shape::kStages * Memory::kStageFloats + A::kFloats;
+    const int64_t k = int64_t{chunk} * Shape::kDepth;
+    if constexpr (kBByRow) {
+      B::template load<Shape::kThreads>(to, b, tile.col, tile.cols, k, tile.ks);
+    } else {
+      B::template load<Shape::kThreads>(to, b, k, tile.ks, tile.col, tile.cols);
+    }
+  };
+  const auto load = [&](int chunk) {
+    load_a(chunk);
+    load_b(chunk);
     commit_copies();  // an empty group too: the count of groups is the count of chunks
   };
 
   float c[Shape::kFragmentsM][Shape::kFragmentsN][4] = {};
-  for (int chunk = 0; chunk < Shape::kStages - 1; ++chunk) load(chunk);
+  if (b_settled) {  // its first chunks all belong to the first group
+    for (int chunk = 0; chunk < Shape::kStages - 1; ++chunk) load_b(chunk);
+  }
+  wait_for_earlier_launches();
+  let_next_launch_begin();
+  for (int chunk = 0; chunk < Shape::kStages - 1; ++chunk) {
+    load_a(chunk);
+    if (!b_settled) load_b(chunk);
+    commit_copies();
+  }
   for (int chunk = 0; chunk < chunks; ++chunk) {
     wait_for_copies<Shape::kStages - 2>();
     __syncthreads();  // this chunk has arrived for all, and all are done with the one before it

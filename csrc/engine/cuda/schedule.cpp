@@ -22,7 +22,7 @@ int64_t to_fours(int64_t n) { return (n + 3) / 4 * 4; }
 
 Schedule::Schedule(const Network& network, const Objective& objective, const Optimizer& optimizer, const Data& data,
                    Precision precision, std::vector<Model> models, int64_t most_size, int64_t most_steps,
-                   int multiprocessors, const cuda::Workspace& workspace)
+                   const Gpu& gpu, const cuda::Workspace& workspace)
     : network_(network),
       objective_(objective),
       optimizer_(optimizer),
@@ -33,7 +33,7 @@ Schedule::Schedule(const Network& network, const Objective& objective, const Opt
       most_steps_(most_steps),
       group_(std::clamp<int64_t>(kMinibatchFloats / (this->models() * most_size * to_fours(data.cols)), 1,
                                  kStepsPerGraph)),
-      multiprocessors_(multiprocessors) {
+      gpu_(gpu) {
   int parameter = 0;
   const auto add = [&](std::vector<Layer>& layers, int64_t ins, int64_t outs, bool paired) {
     layers.push_back({ins, outs, parameter, paired, nullptr, nullptr, 0, 0});
@@ -132,16 +132,16 @@ MatrixOf Schedule::weight_of(const Layer& layer) const {
 int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
   const Now at = now(offset);
   const int64_t samples = objective_.num_samples;
-  const Way encoder_way{precision_, most_size_, multiprocessors_, stream};
-  const Way decoder_way{precision_, samples * most_size_, multiprocessors_, stream};
+  const Way encoder_way{precision_, most_size_, gpu_.multiprocessors, stream, gpu_.overlap};
+  const Way decoder_way{precision_, samples * most_size_, gpu_.multiprocessors, stream, gpu_.overlap};
   const float* x = x_ + offset * most_size_ * x_stride_;
   const auto parameter = [&](const Layer& layer, int i) {
     return parameters_[static_cast<size_t>(layer.first_parameter + i)].value;
   };
   launches_ = 0;
   int error = 0;
-  const auto go = [&](const auto& args, const Way& way) {
-    ++launches_;
+  const auto go = [&](const auto& args, Way way) {
+    way.weights_settled = launches_++ > 0;  // the first comes right after an update
     if (!error) error = launch(args, way);
   };
   const auto forward = [&](const std::vector<Layer>& layers, const float* in, int64_t stride, const Way& way) {

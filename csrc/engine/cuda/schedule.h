@@ -45,13 +45,18 @@ struct Model {
   std::vector<Trained> parameters;
 };
 
+struct Gpu {
+  int multiprocessors;
+  bool overlap;  // see Way
+};
+
 class Schedule {
  public:
   // `network` has the latents of the model with most; the lr of `optimizer` and the beta of `objective` are not read.
   // `workspace` is asked once, for memory that lasts as long as this object. Steps come in calls of up to most_steps,
   // each of up to most_size datapoints.
   Schedule(const Network& network, const Objective& objective, const Optimizer& optimizer, const Data& data,
-           Precision precision, std::vector<Model> models, int64_t most_size, int64_t most_steps, int multiprocessors,
+           Precision precision, std::vector<Model> models, int64_t most_size, int64_t most_steps, const Gpu& gpu,
            const cuda::Workspace& workspace);
   ~Schedule();
   Schedule(const Schedule&) = delete;
@@ -100,7 +105,7 @@ class Schedule {
   std::vector<Model> models_;
   std::vector<Trained> parameters_;  // of the first model, where the kernels find them
   int64_t most_size_, most_steps_, group_, launches_ = 0, model_bytes_ = 0;
-  int multiprocessors_;
+  Gpu gpu_;
 
   std::vector<Layer> encoder_, decoder_;           // the last of the encoder are the heads, of the decoder the output
   float *dream_x_ = nullptr, *dream_z_ = nullptr;  // of wake_sleep

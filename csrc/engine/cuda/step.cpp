@@ -39,6 +39,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <string>
@@ -108,10 +109,15 @@ class CudaStep {
     Optimizer of_all = optimizer;
     of_all.lr = models_[0].lr;
     const c10::cuda::CUDAGuard guard(data_.device());
-    int multiprocessors = 0;
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, data_.get_device()));
+    Gpu gpu = {};
+    int generation = 0;
+    const int device = data_.get_device();
+    check_cuda(cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check_cuda(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device));
+    const char* wanted = std::getenv("VAE_FAST_CUDA_OVERLAP");  // 0: to measure what overlapping launches are worth
+    gpu.overlap = generation >= 9 && !(wanted && std::string(wanted) == "0");
     schedule_ = std::make_unique<Schedule>(network, objective, of_all, described, precision, std::move(trained),
-                                           batch_size, most_steps, multiprocessors, [this](size_t bytes) {
+                                           batch_size, most_steps, gpu, [this](size_t bytes) {
                                              workspace_ = at::zeros({static_cast<int64_t>(bytes)},
                                                                     data_.options().dtype(at::kByte));
                                              return workspace_.mutable_data_ptr();

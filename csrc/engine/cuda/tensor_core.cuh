@@ -1,6 +1,7 @@
 // What the engine's kernels take from the hardware beyond CUDA C++: products of a warp on tensor cores, copies from
-// global to shared memory that do not wait, accesses of 16 bytes, and shared memory of a size given at the launch. All
-// of it is there from sm_80 on. tests/cuda_emulation/tensor_core.h has the same functions for the emulated device.
+// global to shared memory that do not wait, accesses of 16 bytes, shared memory of a size given at the launch, and
+// launches that overlap. All but the last is there from sm_80 on, that from sm_90 on.
+// tests/cuda_emulation/tensor_core.h has the same functions for the emulated device.
 //
 // A warp holds its operands in fragments; with g = lane / 4 and t = lane % 4 the lane has, of a 16 x K product,
 //   A [16, K]: rows g and g + 8;   B [8, K], row n of it the n-th column of the product: row g;
@@ -102,6 +103,21 @@ __device__ __forceinline__ void read_four(const float* from, float (&v)[4]) {
 __device__ __forceinline__ void write_four(float* to, const float (&v)[4]) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
                : "memory");
+}
+
+// Where launches overlap (Way): a kernel may run before the launches ahead of it on the stream have ended. This waits
+// for their end, and for what they wrote. Every block must call it.
+__device__ __forceinline__ void wait_for_earlier_launches() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next launch begin as soon as every block of this one has called it or ended.
+__device__ __forceinline__ void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ float* dynamic_shared() {

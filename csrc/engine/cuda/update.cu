@@ -183,6 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   const Here here(p.now);
   const int tile_index = static_cast<int>(blockIdx.x);
   if (tile_index == p.tiles) {
+    wait_for_earlier_launches();
     write_terms(p, here, reinterpret_cast<double*>(memory));
     return;
   }
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   const bool has_bias = tile.col == 0 && thread < Shape::kRows && tile.row + thread < tile.rows;
   float bias_sum = 0.0f;
   const Matrix grad = here.of_model(job.grad), in = here.of_model(job.in);
-  multiply_tile<kPrecision, Shape, false, false>(memory, grad, in, 0, tile, [&](const float* chunk) {
+  multiply_tile<kPrecision, Shape, false, false>(memory, grad, in, 0, tile, false, [&](const float* chunk) {
     if (has_bias) {
 #pragma unroll 8
       for (int k = 0; k < Shape::kDepth; ++k) bias_sum += chunk[k * A::kStride + thread];
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
 }
 
 template <Precision kPrecision>
-int launch_update(const Jobs& jobs, cudaStream_t stream) {
+int launch_update(const Jobs& jobs, const Way& way) {
   constexpr size_t kBytes = TileMemory<UpdateShape, false, false>::kBytes;
   const auto kernel = update_kernel<kPrecision>;
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
@@ -254,9 +255,8 @@ int launch_update(const Jobs& jobs, cudaStream_t stream) {
       dim3(static_cast<unsigned>(jobs.tiles + (jobs.terms ? 1 : 0)), 1, static_cast<unsigned>(jobs.now.models));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  cudaLaunchKernelEx(&config, kernel, jobs);
-  return cudaGetLastError();
+  config.stream = way.stream;
+  return launch_kernel(config, kernel, jobs, way.overlap);
 }
 
 }  // namespace
@@ -312,8 +312,8 @@ int launch(const Update& args, const Way& way) {
   jobs.kl_parts = args.kl_parts;
   jobs.ll_stride = args.ll_stride;
   jobs.kl_stride = args.kl_stride;
-  return way.precision == Precision::exact ? launch_update<Precision::exact>(jobs, way.stream)
-                                           : launch_update<Precision::fast>(jobs, way.stream);
+  return way.precision == Precision::exact ? launch_update<Precision::exact>(jobs, way)
+                                           : launch_update<Precision::fast>(jobs, way);
 }
 
 int advance(int64_t* cursor, const Now& now, int64_t count, cudaStream_t stream) {
