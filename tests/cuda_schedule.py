@@ -97,9 +97,11 @@ class Twin:
         return found[0] if len(found) == 1 else pairs(*found)
 
     def tile(self, rows: int, cols: int) -> tuple[int, int, int]:
-        wide = TILES["Wide"]
-        fills = -(-rows // wide[0]) * -(-cols // wide[1]) >= self.multiprocessors
-        return wide if fills else TILES["Narrow"]
+        for name in ("Wide", "Medium"):
+            tiles = -(-rows // TILES[name][0]) * -(-cols // TILES[name][1])
+            if 4 * tiles >= 3 * self.multiprocessors:
+                return TILES[name]
+        return TILES["Narrow"]
 
     # --- the launches ---------------------------------------------------------------------------------------
 
@@ -272,7 +274,7 @@ class Twin:
         return Launch(
             f"update {out}",
             (outs, ins, count),
-            TILES["Wide"],
+            TILES["Medium"],
             lambda r, k: memory[grad][k, r].T,
             lambda c, k: memory[source][k, c].T,
             epilogue,

@@ -232,6 +232,11 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return value;
 }
 
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
 inline float __uint_as_float(unsigned bits) {
   float f;
   std::memcpy(&f, &bits, sizeof f);
@@ -343,7 +348,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, size_t bytes) {
-  return bytes <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // what the smallest of the architectures has
+  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // what sm_90 has
 }
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {

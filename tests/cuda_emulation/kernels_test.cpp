@@ -762,7 +762,8 @@ void run_alone() {
   for (int64_t cols : {20, 784, 5000}) {
     const Case c{DType::f32, DType::f32, 7, cols, 1, 7, Layout::aligned};
     Tensors t(c);
-    Tensor &mu = t.input(c.rows * cols), &logvar = t.input(c.rows * cols), &all = t.loss_output(), &one = t.loss_output();
+    Tensor &mu = t.input(c.rows * cols), &logvar = t.input(c.rows * cols), &all = t.loss_output(),
+           &one = t.loss_output();
     launched(c, cuda::launch(GaussianKLForward{c.dtype, c.rows, cols, mu.pointer(), logvar.pointer(), all.pointer()},
                              nullptr, workspace));
     launched(c, cuda::launch(GaussianKLForward{c.dtype, 1, cols, mu.pointer(), logvar.pointer(), one.pointer()},

@@ -13,13 +13,6 @@
 namespace vae_fast {
 namespace engine {
 
-inline uint32_t round_tf32(float a) {
-  uint32_t bits;
-  std::memcpy(&bits, &a, sizeof bits);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
-  return (bits + 0x1000u) & ~0x1fffu;
-}
-
 inline uint32_t pack_bf16(float first, float second) {
   return __float2bfloat16_rn(first).bits | static_cast<uint32_t>(__float2bfloat16_rn(second).bits) << 16;
 }

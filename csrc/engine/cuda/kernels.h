@@ -22,12 +22,14 @@ namespace engine {
 // Which step a kernel does, and of how many models: those blocks whose z is m do model m, which has everything but the
 // data m model_bytes behind the first's. The cursor is moved on by `advance`, once for all steps of a graph; `offset`
 // is the step's place among them.
+struct Own;
 struct Now {
   const int64_t* cursor;  // [1]
   int64_t offset;
   const int64_t* sizes;  // [steps]
   const int64_t* seeds;  // [steps, 2]: noise, binarise
   int64_t models, model_bytes;
+  const Own* own;  // [1]
 };
 
 // What models side by side need not have in common. Those with fewer latents than the largest are padded with latents
@@ -53,6 +55,7 @@ struct Way {
   Precision precision;
   int64_t most_rows;  // of any step, for the grid
   int multiprocessors;
+  int64_t shared_bytes;  // that a block can have
   cudaStream_t stream;
   // Whether it may begin before the launch ahead of it has ended: it then waits by itself, and what it can do without
   // is done by then.
@@ -60,6 +63,8 @@ struct Way {
   // Whether no launch that is still running changes weights: these are then read before the wait. So it is but for the
   // launch next to an update, for every kernel waits for those ahead of it before it lets the next one begin.
   bool weights_settled = false;
+  // Where the sum is over latents, of which models side by side may have fewer: indices for each of them; else 0.
+  int per_latent = 0;
 };
 
 // x[i, b, d] = scale values[rows[step, b], d] as float for `count` steps from the cursor on, or the draw from
@@ -74,7 +79,6 @@ struct Prepare {
   float* x;  // [count, most_size, x_stride]
   int64_t x_stride;
   Optimizer optimizer;     // but for its lr
-  const Own* own;          // [1]
   const int64_t* updates;  // [1]: how many updates the parameters had before the cursor was 0
   StepFactors* factors;    // [count]
   float* dream_z;          // [count, most_size, z_stride], z' ~ p(z) of each step of wake_sleep; or null
@@ -115,7 +119,6 @@ struct LatentForward {
   int64_t z_stride;
   float* kl_parts;  // [parts of columns, parts_stride >= B]
   int64_t parts_stride;
-  const Own* own;  // [1]
 };
 int launch(const LatentForward& args, const Way& way);
 
@@ -144,7 +147,6 @@ struct Recognise {
   int64_t z_stride;
   float* grad_heads;  // [B, heads_stride]
   int64_t heads_stride;
-  const Own* own;  // [1]
 };
 int launch(const Recognise& args, const Way& way);
 
@@ -198,7 +200,6 @@ struct LatentBackward {
   const float *z, *eps;  // [L B, z_stride]
   int64_t z_stride;
   float* grad_heads;  // [B, heads_stride]
-  const Own* own;     // [1]
 };
 int launch(const LatentBackward& args, const Way& way);
 
@@ -230,7 +231,6 @@ struct Update {
   const StepFactors* factors;  // of this step
   float* terms;                // [steps, 3], or null: no terms in this launch
   int64_t samples;             // L
-  const Own* own;              // [1]
   int64_t ll_rows, kl_rows;    // of the parts
   const float *ll_parts, *kl_parts;
   int64_t ll_stride, kl_stride;

@@ -122,7 +122,7 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
 
 // --- a step ----------------------------------------------------------------------------------------------------------
 
-Now Schedule::now(int64_t offset) const { return {cursor_, offset, sizes_, seeds_, models(), model_bytes_}; }
+Now Schedule::now(int64_t offset) const { return {cursor_, offset, sizes_, seeds_, models(), model_bytes_, own_}; }
 
 MatrixOf Schedule::weight_of(const Layer& layer) const {
   const size_t first = static_cast<size_t>(layer.first_parameter);
@@ -132,25 +132,29 @@ MatrixOf Schedule::weight_of(const Layer& layer) const {
 int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
   const Now at = now(offset);
   const int64_t samples = objective_.num_samples;
-  const Way encoder_way{precision_, most_size_, gpu_.multiprocessors, stream, gpu_.overlap};
-  const Way decoder_way{precision_, samples * most_size_, gpu_.multiprocessors, stream, gpu_.overlap};
+  const Way encoder_way{precision_, most_size_, gpu_.multiprocessors, gpu_.shared_bytes, stream, gpu_.overlap};
+  const Way decoder_way{precision_, samples * most_size_, gpu_.multiprocessors, gpu_.shared_bytes,
+                        stream,     gpu_.overlap};
   const float* x = x_ + offset * most_size_ * x_stride_;
   const auto parameter = [&](const Layer& layer, int i) {
     return parameters_[static_cast<size_t>(layer.first_parameter + i)].value;
   };
   launches_ = 0;
   int error = 0;
-  const auto go = [&](const auto& args, Way way) {
+  const auto go = [&](const auto& args, Way way, int per_latent = 0) {
     way.weights_settled = launches_++ > 0;  // the first comes right after an update
+    way.per_latent = per_latent;
     if (!error) error = launch(args, way);
   };
+  // See Way. Of a single model all latents are its own.
+  const auto per_latent = [&](const Layer& from) { return models() > 1 && &from == &decoder_.front() ? 1 : 0; };
   const auto forward = [&](const std::vector<Layer>& layers, const float* in, int64_t stride, const Way& way) {
     const int64_t rows = &layers == &encoder_ ? 1 : samples;
     for (size_t i = 0; i + 1 < layers.size(); ++i) {
       const Layer& layer = layers[i];
       go(HiddenForward{at, rows, layer.ins, layer.outs, in, stride, parameter(layer, 0), parameter(layer, 1),
                        network_.activation, layer.out, layer.stride},
-         way);
+         way, per_latent(layer));
       in = layer.out;
       stride = layer.stride;
     }
@@ -162,7 +166,7 @@ int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
       const Layer &layer = layers[i], &below = layers[i - 1];
       go(HiddenBackward{at, rows, layer.paired ? 2 * layer.outs : layer.outs, layer.ins, layer.grad, layer.grad_stride,
                         weight_of(layer), network_.activation, below.out, below.stride, below.grad},
-         way);
+         way, models() > 1 && &layer == &encoder_.back() ? 2 : 0);
     }
   };
 
@@ -171,50 +175,33 @@ int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
   const float *weight_logvar = output.paired ? parameter(output, 2) : nullptr,
               *bias_logvar = output.paired ? parameter(output, 3) : nullptr;
   const auto [h, h_stride] = forward(encoder_, x, x_stride_, encoder_way);
-  go(LatentForward{at,
-                   objective_.estimator,
-                   network_.logvar_scale,
-                   samples,
-                   heads.ins,
-                   heads.outs,
-                   h,
-                   h_stride,
-                   parameter(heads, 0),
-                   parameter(heads, 1),
-                   parameter(heads, 2),
-                   parameter(heads, 3),
-                   heads.out,
-                   heads.stride,
-                   z_,
-                   eps_,
-                   z_stride_,
-                   kl_parts_,
-                   kl_stride_,
-                   own_},
+  go(LatentForward{at, objective_.estimator, network_.logvar_scale, samples, heads.ins, heads.outs, h, h_stride,
+                   parameter(heads, 0), parameter(heads, 1), parameter(heads, 2), parameter(heads, 3), heads.out,
+                   heads.stride, z_, eps_, z_stride_, kl_parts_, kl_stride_},
      encoder_way);
   const float* dream_z = wake_sleep ? dream_z_ + offset * most_size_ * z_stride_ : nullptr;
   if (wake_sleep) {  // before the decoder is wanted with z, whose activations the update reads
     const auto [dreamed, stride] = forward(decoder_, dream_z, z_stride_, decoder_way);
     go(DreamForward{at, network_.likelihood, output.ins, output.outs, dreamed, stride, parameter(output, 0),
                     parameter(output, 1), weight_logvar, bias_logvar, dream_x_, x_stride_},
-       decoder_way);
+       decoder_way, per_latent(output));
   }
   const auto [last, last_stride] = forward(decoder_, z_, z_stride_, decoder_way);
   go(OutputForward{at, network_.likelihood, samples, output.ins, output.outs, last, last_stride, parameter(output, 0),
                    parameter(output, 1), weight_logvar, bias_logvar, x, x_stride_, output.grad, output.grad_stride,
                    ll_parts_, ll_stride_},
-     decoder_way);
+     decoder_way, per_latent(output));
   backward(decoder_, decoder_way);
   if (wake_sleep) {
     const auto [seen, stride] = forward(encoder_, dream_x_, x_stride_, encoder_way);
     go(Recognise{at, network_.logvar_scale, heads.ins, heads.outs, seen, stride, parameter(heads, 0),
                  parameter(heads, 1), parameter(heads, 2), parameter(heads, 3), dream_z, z_stride_, heads.grad,
-                 heads.grad_stride, own_},
+                 heads.grad_stride},
        encoder_way);
   } else {
     go(LatentBackward{at, objective_.estimator, network_.logvar_scale, samples,
                       first.paired ? 2 * first.outs : first.outs, network_.latent_dim, first.grad, first.grad_stride,
-                      weight_of(first), heads.out, heads.stride, z_, eps_, z_stride_, heads.grad, own_},
+                      weight_of(first), heads.out, heads.stride, z_, eps_, z_stride_, heads.grad},
        encoder_way);
   }
   backward(encoder_, encoder_way);
@@ -230,7 +217,6 @@ int Schedule::launch_update(int64_t offset, const float* x, const Way& way) {
   update.weight_prior = objective_.weight_prior;
   update.factors = factors_ + offset;
   update.samples = objective_.num_samples;
-  update.own = own_;
   const Layer& output = decoder_.back();
   update.ll_rows = column_parts(output.paired ? 2 * output.outs : output.outs);
   update.kl_rows = column_parts(2 * network_.latent_dim);
@@ -280,7 +266,7 @@ int Schedule::launch_update(int64_t offset, const float* x, const Way& way) {
 
 int Schedule::launch_steps(int64_t count, cudaStream_t stream) {
   const Prepare prepare{now(0),    count,      most_size_, data_,    rows_,    most_size_, x_,
-                        x_stride_, optimizer_, own_,       updates_, factors_, dream_z_,   z_stride_};
+                        x_stride_, optimizer_, updates_,   factors_, dream_z_, z_stride_};
   if (int error = launch(prepare, stream)) return error;
   for (int64_t offset = 0; offset < count; ++offset) {
     if (int error = launch_step(offset, stream)) return error;

@@ -47,7 +47,8 @@ struct Model {
 
 struct Gpu {
   int multiprocessors;
-  bool overlap;  // see Way
+  int shared_bytes;  // that a block can have
+  bool overlap;      // see Way
 };
 
 class Schedule {

@@ -31,13 +31,6 @@ struct BF16 {};
 namespace vae_fast {
 namespace engine {
 
-// The nearest number of 11 significant bits, ties away from zero: what a TF32 operand keeps.
-__device__ __forceinline__ uint32_t round_tf32(float a) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(a));
-  return bits;
-}
-
 // Two bfloat16, nearest, the first in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float first, float second) {
   uint32_t bits;

@@ -14,7 +14,7 @@ namespace vae_fast {
 namespace engine {
 namespace {
 
-using UpdateShape = Wide;
+using UpdateShape = Medium;
 constexpr int kThreads = UpdateShape::kThreads;
 
 // --- the minibatches -------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ __device__ __forceinline__ float datum(const Data& data, int64_t row, int64_t co
 __device__ __forceinline__ void dream_latents(const Prepare& p, const Here& here, int64_t slot, int64_t four) {
   const int64_t fours = p.z_stride / 4, b = four / fours, first = four % fours * 4;
   if (b >= here.size) return;
-  const int64_t latents = here.of_model(p.own)->latents;
+  const int64_t latents = here.own().latents;
   const int64_t seed = substream(here.of_model(p.now.seeds)[2 * here.step], kDreamOfZ);
   float z[4];
 #pragma unroll
@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     const UpdateKind kind = o.kind == OptimizerKind::adagrad ? UpdateKind::adagrad
                             : o.kind == OptimizerKind::sgd   ? UpdateKind::sgd
                                                              : UpdateKind::adam;
-    here.of_model(p.factors)[slot] = step_factors(kind, here.of_model(p.own)->lr, o.beta1, o.beta2, o.accumulate_steps,
-                                                  *here.of_model(p.updates) + step + 1);
+    here.of_model(p.factors)[slot] =
+        step_factors(kind, here.own().lr, o.beta1, o.beta2, o.accumulate_steps, *here.of_model(p.updates) + step + 1);
   }
   const int64_t fours = p.x_stride / 4, four = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (p.dream_z) dream_latents(p, here, slot, four);
@@ -90,7 +90,6 @@ struct Jobs {
   const StepFactors* factors;
   float* terms;
   int64_t samples;
-  const Own* own;
   int64_t ll_rows, kl_rows;
   const float *ll_parts, *kl_parts;
   int64_t ll_stride, kl_stride;
@@ -146,12 +145,13 @@ struct Parameters {
   }
 };
 
-// The sum of parts[t * stride + r] over t < count and rows r, by one block: a thread's rows one after another, then the
-// threads in a tree.
+// The sum of parts[t * stride + r] over t < count and rows r, by one block: a warp has every so many t, a lane of it
+// every so many r, and the threads add up in a tree.
 __device__ double sum_of_parts(const float* parts, int64_t count, int64_t rows, int64_t stride, double* scratch) {
   double sum = 0.0;
-  for (int64_t r = threadIdx.x; r < rows; r += kThreads) {
-    for (int64_t t = 0; t < count; ++t) sum += parts[t * stride + r];
+  for (int64_t t = threadIdx.x / kWarp; t < count; t += kThreads / kWarp) {
+#pragma unroll 4
+    for (int64_t r = threadIdx.x % kWarp; r < rows; r += kWarp) sum += parts[t * stride + r];
   }
   __syncthreads();
   scratch[threadIdx.x] = sum;
@@ -170,7 +170,7 @@ __device__ void write_terms(const Jobs& p, const Here& here, double* scratch) {
   const double kl = sum_of_parts(kl_parts, p.kl_rows, here.size, p.kl_stride, scratch) / static_cast<double>(here.size);
   if (threadIdx.x != 0) return;
   float* terms = here.of_model(p.terms) + 3 * here.step;
-  terms[0] = static_cast<float>(ll - static_cast<double>(here.of_model(p.own)->beta) * kl);
+  terms[0] = static_cast<float>(ll - static_cast<double>(here.own().beta) * kl);
   terms[1] = static_cast<float>(ll);
   terms[2] = static_cast<float>(kl);
 }
@@ -197,14 +197,15 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   // The first tile of a row of tiles has the bias too: the sum of the gradient over the minibatch, in its order.
   const int thread = static_cast<int>(threadIdx.x);
   const bool has_bias = tile.col == 0 && thread < Shape::kRows && tile.row + thread < tile.rows;
-  float bias_sum = 0.0f;
+  float bias_sums[4] = {};  // of every fourth
   const Matrix grad = here.of_model(job.grad), in = here.of_model(job.in);
-  multiply_tile<kPrecision, Shape, false, false>(memory, grad, in, 0, tile, false, [&](const float* chunk) {
+  const auto add_bias = [&](const float* piece) {
     if (has_bias) {
-#pragma unroll 8
-      for (int k = 0; k < Shape::kDepth; ++k) bias_sum += chunk[k * A::kStride + thread];
+#pragma unroll
+      for (int k = 0; k < Shape::kSpan; ++k) bias_sums[k % 4] += piece[k * A::kStride + thread];
     }
-  });
+  };
+  multiply_tile<kPrecision, Shape, false, false>(memory, grad, in, 0, tile, false, [] {}, add_bias);
 
   const StepFactors factors = *here.of_model(p.factors);
   const float scale = -1.0f / static_cast<float>(tile.ks);
@@ -237,6 +238,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   if (has_bias) {
     const int64_t row = tile.row + thread, at = job.paired ? row >> 1 : row;
     const Trained trained = of_model(here, job.bias[job.paired ? row & 1 : 0]);
+    const float bias_sum = (bias_sums[0] + bias_sums[1]) + (bias_sums[2] + bias_sums[3]);
     const float sums[4] = {job.paired && row & 1 ? bias_sum / job.logvar_scale : bias_sum};
     Parameters own = {};
     own.load(trained, at, false, 1, p.rule.states);
@@ -305,7 +307,6 @@ int launch(const Update& args, const Way& way) {
   jobs.factors = args.factors;
   jobs.terms = args.terms;
   jobs.samples = args.samples;
-  jobs.own = args.own;
   jobs.ll_rows = args.ll_rows;
   jobs.kl_rows = args.kl_rows;
   jobs.ll_parts = args.ll_parts;
