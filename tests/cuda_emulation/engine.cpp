@@ -90,11 +90,17 @@ void* engine_create(const Description* d) {
   engine->schedule = new Schedule(network, objective, optimizer, data, static_cast<Precision>(d->precision),
                                   engine->models, d->most_size, d->most_steps,
                                   Gpu{static_cast<int>(d->multiprocessors), 227 << 10, false}, [engine](size_t bytes) {
-                                    // What nobody has written is NaN.
                                     engine->workspace = on_device<char>(nullptr, static_cast<int64_t>(bytes));
-                                    std::memset(engine->workspace, 0xff, bytes);
+                                    std::memset(engine->workspace, 0, bytes);
                                     return engine->workspace;
                                   });
+  // What nobody has written is NaN: all but the padding of Parts, which is zero.
+  for (const Buffer& buffer : engine->schedule->buffers()) {
+    for (int64_t m = 0; m < d->n_models; ++m) {
+      char* of_model = reinterpret_cast<char*>(buffer.values) + m * engine->schedule->model_bytes();
+      std::memset(of_model, 0xff, static_cast<size_t>(buffer.rows * buffer.stride) * sizeof(float));
+    }
+  }
   return engine;
 }
 
