@@ -119,7 +119,13 @@ struct Math<float> {
   static VAE_FAST_INLINE float at_least(float a, float low) { return a < low ? low : a; }  // these keep NaN
   static VAE_FAST_INLINE float at_most(float a, float high) { return a > high ? high : a; }
   static VAE_FAST_INLINE float sqrt(float a) { return ::sqrtf(a); }
+#if defined(__CUDA_ARCH__)
+  static VAE_FAST_INLINE float inverse_sqrt(float a) {
+    return ::rsqrtf(a);
+  }  // to 2 ulp, in a tenth of the instructions
+#else
   static VAE_FAST_INLINE float inverse_sqrt(float a) { return 1 / ::sqrtf(a); }
+#endif
   static VAE_FAST_INLINE float exp(float a) { return ::expf(a); }
   static VAE_FAST_INLINE float exp_nonpositive(float a) { return ::expf(a); }
   static VAE_FAST_INLINE float expm1(float a) { return expm1_by_exponent(a); }

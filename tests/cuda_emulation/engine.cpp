@@ -89,7 +89,7 @@ void* engine_create(const Description* d) {
   }
   engine->schedule = new Schedule(network, objective, optimizer, data, static_cast<Precision>(d->precision),
                                   engine->models, d->most_size, d->most_steps,
-                                  Gpu{static_cast<int>(d->multiprocessors), 227 << 10, false}, [engine](size_t bytes) {
+                                  Gpu{static_cast<int>(d->multiprocessors), false}, [engine](size_t bytes) {
                                     engine->workspace = on_device<char>(nullptr, static_cast<int64_t>(bytes));
                                     std::memset(engine->workspace, 0, bytes);
                                     return engine->workspace;

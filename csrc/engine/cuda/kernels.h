@@ -58,7 +58,6 @@ struct Way {
   Precision precision;
   int64_t most_rows;  // of any step, for the grid
   int multiprocessors;
-  int64_t shared_bytes;  // that a block can have
   cudaStream_t stream;
   // Whether it may begin before the launch ahead of it has ended: it then waits by itself, and what it can do without
   // is done by then.

@@ -523,10 +523,10 @@ struct DeriveLatents {
 
 // --- the launches ----------------------------------------------------------------------------------------------------
 
-// Whether there are enough tiles of `models` models for most multiprocessors
+// Whether one model has enough tiles for most multiprocessors
 template <class Shape>
-bool fills(int64_t models, int64_t cols, const Way& way) {
-  return 4 * models * ceil_div(way.most_rows, Shape::kRows) * ceil_div(cols, Shape::kCols) >= 3 * way.multiprocessors;
+bool fills(int64_t cols, const Way& way) {
+  return 4 * ceil_div(way.most_rows, Shape::kRows) * ceil_div(cols, Shape::kCols) >= 3 * way.multiprocessors;
 }
 
 template <Precision kPrecision, class Shape, bool kBByRow, class Epilogue>
@@ -553,15 +553,11 @@ int launch_product(const Product<Epilogue>& p, const Way& way) {
                                            : launch_shape<Precision::fast, Shape, kBByRow>(p, way);
 }
 
-// The order of a sum goes by one model's size, so that a model's bits are the same alone and among others. Products as
-// wide as the latents are narrow always, lest padding change them.
+// Products as wide as the latents are narrow always, lest padding change the order of a sum.
 template <bool kBByRow, class Epilogue>
 int launch_product(const Product<Epilogue>& p, const Way& way) {
-  if (fills<Wide>(1, p.cols, way)) return launch_product<Wide, kBByRow>(p, way);
-  if (fills<Medium>(1, p.cols, way)) return launch_product<Medium, kBByRow>(p, way);
-  constexpr auto kBroadBytes = static_cast<int64_t>(TileMemory<Precision::exact, Broad, true, kBByRow>::kBytes);
-  if (kBroadBytes <= way.shared_bytes && fills<Broad>(p.now.models, p.cols, way))
-    return launch_product<Broad, kBByRow>(p, way);
+  if (fills<Wide>(p.cols, way)) return launch_product<Wide, kBByRow>(p, way);
+  if (fills<Medium>(p.cols, way)) return launch_product<Medium, kBByRow>(p, way);
   return launch_product<Narrow, kBByRow>(p, way);
 }
 

@@ -40,15 +40,13 @@ struct TileShape {
   static_assert(kCols / 4 <= kWarp && kThreads % (kCols / 4) == 0);
 };
 
-// The tile shapes. A product takes Wide or else Medium where there are enough of them to fill the GPU, and else Narrow;
-// Broad is for many models, in place of Narrow, whose sums' order it has, on GPUs that have that much shared memory. Of
-// the others two fit into a multiprocessor, and one into the 99 KB that are all that sm_86, sm_89 and sm_120 have.
+// The tile shapes. A product takes Wide or else Medium where there are enough of them to fill the GPU, and else Narrow,
+// whatever is beside it: a model's bits are the same alone and among others. Of each two fit into a multiprocessor, and
+// one into the 99 KB that are all that sm_86, sm_89 and sm_120 have.
 //                    rows cols span  warps m n k  stages blocks   shared memory
-using Narrow = TileShape<16, 32, 64, 1, 2, 4, 5, 2>;  //          100,864 bytes; batch 100, 500 wide: 112 blocks
+using Narrow = TileShape<16, 32, 96, 1, 2, 6, 3, 2>;  //           88,320 bytes; batch 100, 500 wide: 112 blocks
 using Medium = TileShape<64, 64, 32, 2, 2, 2, 3, 2>;  //           79,872 bytes; updates 76,800
 using Wide = TileShape<128, 64, 32, 4, 2, 1, 2, 2>;   //           79,872 bytes
-using Broad = TileShape<64, 64, 64, 1, 2, 4, 3, 1>;   //          153,600 bytes
-static_assert(Broad::kWarpsK == Narrow::kWarpsK);
 
 constexpr int kPartCols = 32;  // what is added up over columns is so over so many, whatever the tile
 
@@ -214,9 +212,12 @@ __device__ __forceinline__ void add_step(float (&c)[Shape::kFragmentsM][Shape::k
                                          const uint16_t* a, const uint16_t* b) {
   constexpr int M = Shape::kFragmentsM, N = Shape::kFragmentsN;
   constexpr int kHeld = kPrecision == Precision::exact ? kParts : 1;
-  // The products, by parts of A and of B, the smallest first
+  // The products, by parts of A and of B, the smallest first; and in which sum. A product waits for the one before it
+  // in its sum, so that where a warp has few fragments there are several sums.
   constexpr int kProducts = kPrecision == Precision::exact ? 6 : 1;
+  constexpr int kSums = kProducts > 1 && M * N <= 4 ? 3 : 1;
   constexpr int kOfA[6] = {kHeld - 1, 0, 1, 1, 0, 0}, kOfB[6] = {0, kHeld - 1, 1, 0, 1, 0};
+  constexpr int kSumOf[6] = {0, 1 % kSums, 2 % kSums, 0, 1 % kSums, 2 % kSums};
   uint32_t b_parts[kHeld][N][2];
 #pragma unroll
   for (int part = 0; part < kHeld; ++part) {
@@ -237,10 +238,14 @@ __device__ __forceinline__ void add_step(float (&c)[Shape::kFragmentsM][Shape::k
     for (int part = 0; part < kHeld; ++part) {
       load_matrices<!kAByRow>(a_parts[part][0], a + m * A::kNextRows + part * kStep);
     }
-    float sum[1][N][4] = {};
+    float sums[kSums][1][N][4] = {};
 #pragma unroll
-    for (int i = 0; i < kProducts; ++i) multiply_add(sum, a_parts[kOfA[i]], b_parts[kOfB[i]]);
-    add(c, m, sum);
+    for (int i = 0; i < kProducts; ++i) multiply_add(sums[kSumOf[i]], a_parts[kOfA[i]], b_parts[kOfB[i]]);
+    if constexpr (kSums == 3) {
+      add(sums[0], 0, sums[1]);
+      add(sums[2], 0, sums[0]);
+    }
+    add(c, m, sums[kSums - 1]);
     if (wants_row_sums) {
       const uint32_t ones[1][2] = {{0x3f803f80u, 0x3f803f80u}};
       float of_rows[1][1][4] = {};

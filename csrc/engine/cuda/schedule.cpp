@@ -156,9 +156,8 @@ int Schedule::split_weights(cudaStream_t stream) {
 int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
   const Now at = now(offset);
   const int64_t samples = objective_.num_samples;
-  const Way encoder_way{precision_, most_size_, gpu_.multiprocessors, gpu_.shared_bytes, stream, gpu_.overlap};
-  const Way decoder_way{precision_, samples * most_size_, gpu_.multiprocessors, gpu_.shared_bytes,
-                        stream,     gpu_.overlap};
+  const Way encoder_way{precision_, most_size_, gpu_.multiprocessors, stream, gpu_.overlap};
+  const Way decoder_way{precision_, samples * most_size_, gpu_.multiprocessors, stream, gpu_.overlap};
   const float* x = x_ + offset * most_size_ * x_stride_;
   const auto rows_from = [](const Parts& parts, int64_t row) {
     return Parts{parts.values + row * parts.stride, parts.stride};

@@ -47,8 +47,7 @@ struct Model {
 
 struct Gpu {
   int multiprocessors;
-  int shared_bytes;  // that a block can have
-  bool overlap;      // see Way
+  bool overlap;  // see Way
 };
 
 class Schedule {

@@ -110,9 +110,10 @@ struct Jobs {
   int64_t ll_stride, kl_stride;
 };
 
-// Four floats from `at` on, of which `valid` are there; in one access if `whole`.
-__device__ __forceinline__ void load_some(const float* at, bool whole, int valid, float (&v)[4]) {
-  if (whole) {
+// Four floats from `at` on, of which `valid` are there; in one access if all are (kWhole).
+template <bool kWhole>
+__device__ __forceinline__ void load_some(const float* at, int valid, float (&v)[4]) {
+  if constexpr (kWhole) {
     read_four(at, v);
   } else {
 #pragma unroll
@@ -120,8 +121,9 @@ __device__ __forceinline__ void load_some(const float* at, bool whole, int valid
   }
 }
 
-__device__ __forceinline__ void store_some(float* at, bool whole, int valid, const float (&v)[4]) {
-  if (whole) {
+template <bool kWhole>
+__device__ __forceinline__ void store_some(float* at, int valid, const float (&v)[4]) {
+  if constexpr (kWhole) {
     write_four(at, v);
   } else {
 #pragma unroll
@@ -136,27 +138,30 @@ __device__ __forceinline__ Trained of_model(const Here& here, Trained trained) {
   return trained;
 }
 
-// Four parameters and their states, in registers between load and take_step
+// Four parameters and their states, in registers between load and take_step. kKind is the rule's, known beforehand.
+template <UpdateKind kKind, bool kWhole>
 struct Parameters {
+  static constexpr int kStates = kKind == UpdateKind::adam ? 2 : kKind == UpdateKind::sgd ? 0 : 1;
   float w[4], s0[4], s1[4];
 
-  __device__ __forceinline__ void load(const Trained& from, int64_t at, bool whole, int valid, int states) {
-    load_some(from.value + at, whole, valid, w);
-    if (states > 0) load_some(from.state0 + at, whole, valid, s0);
-    if (states > 1) load_some(from.state1 + at, whole, valid, s1);
+  __device__ __forceinline__ void load(const Trained& from, int64_t at, int valid) {
+    load_some<kWhole>(from.value + at, valid, w);
+    if constexpr (kStates > 0) load_some<kWhole>(from.state0 + at, valid, s0);
+    if constexpr (kStates > 1) load_some<kWhole>(from.state1 + at, valid, s1);
   }
 
-  __device__ __forceinline__ void take_step(const Trained& to, int64_t at, bool whole, int valid,
-                                            const UpdateRule& rule, const StepFactors& factors, float scale,
-                                            float prior, const float (&sums)[4]) {
+  __device__ __forceinline__ void take_step(const Trained& to, int64_t at, int valid, UpdateRule rule,
+                                            const StepFactors& factors, float scale, float prior,
+                                            const float (&sums)[4]) {
+    rule.kind = kKind;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float gradient = Math<float>::fma(prior, w[i], scale * sums[i]);
       update(rule, factors, gradient, w[i], s0[i], s1[i]);
     }
-    store_some(to.value + at, whole, valid, w);
-    if (rule.states > 0) store_some(to.state0 + at, whole, valid, s0);
-    if (rule.states > 1) store_some(to.state1 + at, whole, valid, s1);
+    store_some<kWhole>(to.value + at, valid, w);
+    if constexpr (kStates > 0) store_some<kWhole>(to.state0 + at, valid, s0);
+    if constexpr (kStates > 1) store_some<kWhole>(to.state1 + at, valid, s1);
   }
 };
 
@@ -190,7 +195,61 @@ __device__ void write_terms(const Jobs& p, const Here& here, double* scratch) {
   terms[2] = static_cast<float>(kl);
 }
 
-template <Precision kPrecision>
+// What a block's tile of sums, in shared memory, does to its weights. A thread's fours stand below each other, in every
+// kRowStep-th row: of the same tensor, since the step is even. All of them are on their way before the first is used.
+// kWhole: the tile has no edge, and its fours begin at multiples of 16 bytes.
+template <UpdateKind kKind, bool kWhole>
+__device__ __forceinline__ void update_weights(const float* memory, const Jobs& p, const Here& here, const Job& job,
+                                               const TileOf& tile, const StepFactors& factors, float scale) {
+  using Shape = UpdateShape;
+  constexpr int kRowStep = Shape::kThreads / (Shape::kCols / 4);
+  static_assert(kRowStep % 2 == 0);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t first_row = tile.row + thread / (Shape::kCols / 4), col = tile.col + thread % (Shape::kCols / 4) * 4;
+  if (!kWhole && (first_row >= tile.rows || col >= tile.cols)) return;
+  const Trained trained = of_model(here, job.weight[job.paired ? first_row & 1 : 0]);
+  const Parts parts = here.of_model(job.parts);
+  const int valid = kWhole || tile.cols - col >= 4 ? 4 : static_cast<int>(tile.cols - col);
+  const int64_t first = (job.paired ? first_row >> 1 : first_row) * job.ins + col;
+  const int64_t stride = (job.paired ? kRowStep / 2 : kRowStep) * job.ins;
+  Parameters<kKind, kWhole> parameters[Shape::kQuads] = {};
+#pragma unroll
+  for (int i = 0; i < Shape::kQuads; ++i) {
+    if (kWhole || first_row + i * kRowStep < tile.rows) parameters[i].load(trained, first + i * stride, valid);
+  }
+#pragma unroll
+  for (int i = 0; i < Shape::kQuads; ++i) {
+    if (!kWhole && first_row + i * kRowStep >= tile.rows) break;
+    const Four<Shape> four(memory, i);
+    parameters[i].take_step(trained, first + i * stride, valid, p.rule, factors, scale, p.weight_prior, four.value);
+    if constexpr (!kWhole) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) parameters[i].w[j] = j < valid ? parameters[i].w[j] : 0.0f;
+    }
+    write_parts(parts, first_row + i * kRowStep, col, parameters[i].w);
+  }
+}
+
+// And to its biases, if it is the first of a row of tiles
+template <UpdateKind kKind>
+__device__ __forceinline__ void update_biases(const float* memory, const Jobs& p, const Here& here, const Job& job,
+                                              const TileOf& tile, const StepFactors& factors, float scale) {
+  using Shape = UpdateShape;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (tile.col != 0 || thread >= Shape::kRows || tile.row + thread >= tile.rows) return;
+  const int64_t row = tile.row + thread, at = job.paired ? row >> 1 : row;
+  const Trained trained = of_model(here, job.bias[job.paired ? row & 1 : 0]);
+  float sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < Shape::kWarpsK; ++k)
+    sum += memory[(k * Shape::kRows + thread) * Shape::kSumStride + Shape::kCols];
+  const float sums[4] = {job.paired && row & 1 ? sum / job.logvar_scale : sum};
+  Parameters<kKind, false> own = {};
+  own.load(trained, at, 1);
+  own.take_step(trained, at, 1, p.rule, factors, scale, 0.0f, sums);
+}
+
+template <Precision kPrecision, UpdateKind kKind>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_constant__ Jobs p) {
   using Shape = UpdateShape;
   float* memory = dynamic_shared();
@@ -207,62 +266,22 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
   const int in_job = tile_index - job.first_tile;
   const TileOf tile{in_job / job.column_tiles * int64_t{Shape::kRows},
                     in_job % job.column_tiles * int64_t{Shape::kCols}, job.outs, job.ins, here.size * job.samples};
-
-  // The first tile of a row of tiles has the bias too: the sum of the gradient over the minibatch.
-  const int thread = static_cast<int>(threadIdx.x);
-  const bool has_bias = tile.col == 0 && thread < Shape::kRows && tile.row + thread < tile.rows;
-  const Parts grad = here.of_model(job.grad), in = here.of_model(job.in), parts = here.of_model(job.parts);
-  multiply_tile<kPrecision, Shape, false, false>(memory, grad, in, 0, tile, false, tile.col == 0, [] {});
-
-  const StepFactors factors = *here.of_model(p.factors);
+  const StepFactors factors = *here.of_model(p.factors);  // of a launch long ago
   const float scale = -1.0f / static_cast<float>(tile.ks);
-  // A thread's fours stand below each other, in every kRowStep-th row: of the same tensor, since the step is even. All
-  // of them are on their way before the first is used.
-  constexpr int kRowStep = Shape::kThreads / (Shape::kCols / 4);
-  static_assert(kRowStep % 2 == 0);
-  const int64_t first_row = tile.row + thread / (Shape::kCols / 4), col = tile.col + thread % (Shape::kCols / 4) * 4;
-  if (first_row < tile.rows && col < tile.cols) {
-    const Trained trained = of_model(here, job.weight[job.paired ? first_row & 1 : 0]);
-    const int valid = tile.cols - col < 4 ? static_cast<int>(tile.cols - col) : 4;
-    const bool whole = job.aligned && valid == 4;
-    const int64_t first = (job.paired ? first_row >> 1 : first_row) * job.ins + col;
-    const int64_t stride = (job.paired ? kRowStep / 2 : kRowStep) * job.ins;
-    Parameters parameters[Shape::kQuads] = {};
-#pragma unroll
-    for (int i = 0; i < Shape::kQuads; ++i) {
-      if (first_row + i * kRowStep < tile.rows) {
-        parameters[i].load(trained, first + i * stride, whole, valid, p.rule.states);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < Shape::kQuads; ++i) {
-      if (first_row + i * kRowStep >= tile.rows) break;
-      const Four<Shape> four(memory, i);
-      parameters[i].take_step(trained, first + i * stride, whole, valid, p.rule, factors, scale, p.weight_prior,
-                              four.value);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) parameters[i].w[j] = j < valid ? parameters[i].w[j] : 0.0f;
-      write_parts(parts, first_row + i * kRowStep, col, parameters[i].w);
-    }
+  const Parts grad = here.of_model(job.grad), in = here.of_model(job.in);
+  multiply_tile<kPrecision, Shape, false, false>(memory, grad, in, 0, tile, false, tile.col == 0, [] {});
+  if (job.aligned && tile.row + Shape::kRows <= tile.rows && tile.col + Shape::kCols <= tile.cols) {
+    update_weights<kKind, true>(memory, p, here, job, tile, factors, scale);
+  } else {
+    update_weights<kKind, false>(memory, p, here, job, tile, factors, scale);
   }
-  if (has_bias) {
-    const int64_t row = tile.row + thread, at = job.paired ? row >> 1 : row;
-    const Trained trained = of_model(here, job.bias[job.paired ? row & 1 : 0]);
-    float bias_sum = 0.0f;
-#pragma unroll
-    for (int k = 0; k < Shape::kWarpsK; ++k)
-      bias_sum += memory[(k * Shape::kRows + thread) * Shape::kSumStride + Shape::kCols];
-    const float sums[4] = {job.paired && row & 1 ? bias_sum / job.logvar_scale : bias_sum};
-    Parameters own = {};
-    own.load(trained, at, false, 1, p.rule.states);
-    own.take_step(trained, at, false, 1, p.rule, factors, scale, 0.0f, sums);
-  }
+  update_biases<kKind>(memory, p, here, job, tile, factors, scale);
 }
 
-template <Precision kPrecision>
+template <Precision kPrecision, UpdateKind kKind>
 int launch_update(const Jobs& jobs, const Way& way) {
   constexpr size_t kBytes = TileMemory<kPrecision, UpdateShape, false, false>::kBytes;
-  const auto kernel = update_kernel<kPrecision>;
+  const auto kernel = update_kernel<kPrecision, kKind>;
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
     return error;
   cudaLaunchConfig_t config = {};
@@ -272,6 +291,21 @@ int launch_update(const Jobs& jobs, const Way& way) {
   config.dynamicSmemBytes = kBytes;
   config.stream = way.stream;
   return launch_kernel(config, kernel, jobs, way.overlap);
+}
+
+template <Precision kPrecision>
+int launch_update(const Jobs& jobs, const Way& way) {
+  switch (jobs.rule.kind) {
+    case UpdateKind::sgd:
+      return launch_update<kPrecision, UpdateKind::sgd>(jobs, way);
+    case UpdateKind::momentum:
+      return launch_update<kPrecision, UpdateKind::momentum>(jobs, way);
+    case UpdateKind::adagrad:
+      return launch_update<kPrecision, UpdateKind::adagrad>(jobs, way);
+    case UpdateKind::adam:
+      return launch_update<kPrecision, UpdateKind::adam>(jobs, way);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
