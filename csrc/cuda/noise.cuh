@@ -15,7 +15,7 @@ __device__ __forceinline__ void normals(int64_t seed, int64_t first, int n, R (&
   const int64_t counter = first >> 2;
   if constexpr (kVector && N % 4 == 0) {
 #pragma unroll
-    for (int k = 0; k < N; k += 4) philox_normal4(seed, counter + k / 4, eps + k);
+    for (int k = 0; k < N; k += 4) philox_normal4(seed, counter | (k / 4), eps + k);  // without a carry
   } else {
     const int skip = static_cast<int>(first & 3);
     constexpr int kLanes = (N + 6) / 4 * 4;  // of every counter that N elements can touch

@@ -129,9 +129,16 @@ struct Math<float> {
   static VAE_FAST_INLINE float from_uint(uint32_t i) { return static_cast<float>(i); }
   // the 64-bit product a m: high and low words
   static VAE_FAST_INLINE void mulhilo(uint32_t a, uint32_t m, uint32_t& hi, uint32_t& lo) {
+#if defined(__CUDA_ARCH__)
+    // Of the same in C++, nvcc 13 adds a zero to every upper word.
+    asm("{\n\t.reg .u64 product;\n\tmul.wide.u32 product, %2, %3;\n\tmov.b64 {%1, %0}, product;\n\t}"
+        : "=r"(hi), "=r"(lo)
+        : "r"(a), "r"(m));
+#else
     uint64_t product = static_cast<uint64_t>(a) * m;
     hi = static_cast<uint32_t>(product >> 32);
     lo = static_cast<uint32_t>(product);
+#endif
   }
   static VAE_FAST_INLINE uint32_t bits(float a) {
 #if defined(__CUDA_ARCH__)
