@@ -63,11 +63,11 @@ struct Tile {
 
   __device__ void apply(const Row& row, const Input& in, int64_t c, int n, Sums<R, kSums>& sums) const {
     R out[N];
-    BernoulliSum<R, Arithmetic<T>> sum;
+    BernoulliSum<R> sum;  // of Math<R> also in half precision: logits and sum are floats
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const R logit = in.products.template get<R>(j) + in.bias.template get<R>(j), x = in.x.template get<R>(j);
-      const R t = bernoulli_odds<R, Arithmetic<T>>(logit);
+      const R t = bernoulli_odds<R>(logit);
       if (j < n) sum.add(logit, x, t);
       out[j] = row.grad * bernoulli_grad_logit<R, Arithmetic<T>>(logit, x, t);
     }
