@@ -91,13 +91,28 @@ struct LogLikelihood {
         return;
       }
     }
+    R sum{};
+    if constexpr (!kOneLogvar) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const R logvar = in.logvar.template get<R>(j);
-      const GaussianResidual<R> residual(in.mean.template get<R>(j), logvar, in.x.template get<R>(j));
-      const R term = residual.log_likelihood(logvar);
-      sums.value[0] += j < n ? term : R{};
+      for (int j = 0; j < N; ++j) {
+        const R logvar = in.logvar.template get<R>(j);
+        GaussianResidual<R> residual(in.mean.template get<R>(j), in.x.template get<R>(j), Math<R>::exp(logvar), R{});
+        residual.s = Math<R>::quotient(residual.d, residual.v);
+        const R term = residual.log_likelihood(logvar);
+        sum += j < n ? term : R{};
+      }
     }
+    if (kOneLogvar || sum != sum) {  // NaN is also what overflowed in the quotient, but not in a division
+      sum = R{};
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const R logvar = in.logvar.template get<R>(j);
+        const GaussianResidual<R> residual(in.mean.template get<R>(j), logvar, in.x.template get<R>(j));
+        const R term = residual.log_likelihood(logvar);
+        sum += j < n ? term : R{};
+      }
+    }
+    sums.value[0] += sum;
   }
 
   __host__ __device__ R* sum(int) const { return static_cast<R*>(a.log_likelihood); }

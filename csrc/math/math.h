@@ -105,7 +105,8 @@ struct Math<float> {
   static VAE_FAST_INLINE float copysign(float magnitude, float sign) { return ::copysignf(magnitude, sign); }
   static VAE_FAST_INLINE bool sign_bit(float a) { return static_cast<int32_t>(bits(a)) < 0; }  // also of -0 and NaN
   // a / b for b in [1, 2]; on a GPU the hardware's reciprocal and a Newton step, without the branches of a
-  // division; error 0.9 units in the last place where the reciprocal errs by one
+  // division; error 0.9 units in the last place where the reciprocal errs by one. For b from 2^-126 to 2^126 too, where
+  // it is finite; for a smaller b it is NaN there.
   static VAE_FAST_INLINE float quotient(float a, float b) {
 #if defined(__CUDA_ARCH__)
     float inverse;
