@@ -54,6 +54,7 @@ struct LogLikelihood {
   using R = Real<T>;
   static constexpr bool kVector = kVectorRows;
   static constexpr int kSums = 1, N = kChunk<T>;
+  static constexpr int kRegisters = sizeof(T) == 8 ? 128 : kVectorRows ? 64 : 80;
 
   GaussianForward a;
 
@@ -69,9 +70,11 @@ struct LogLikelihood {
   };
 
   __device__ Row row(int64_t r) const {
-    Row row = {row_of<T>(a.mean, r, a.cols), row_of<X>(a.x, target_row(r, a.x_rows), a.cols), {a.logvar, r, a.cols}};
+    return {row_of<T>(a.mean, r, a.cols), row_of<X>(a.x, target_row(r, a.x_rows), a.cols), {a.logvar, r, a.cols}, {}};
+  }
+
+  __device__ void prepare(Row& row) const {
     if constexpr (kOneLogvar) row.one = OneVariance<R>(row.logvar.template load<kVector, N>(0, N).template get<R>(0));
-    return row;
   }
 
   __device__ Input load(const Row& row, int64_t c, int n) const {
@@ -142,13 +145,16 @@ struct LogLikelihoodBackward {
   };
 
   __device__ Row row(int64_t r) const {
-    Row row = {row_of<T>(a.mean, r, a.cols),
-               row_of<X>(a.x, target_row(r, a.x_rows), a.cols),
-               {a.logvar, r, a.cols},
-               r * a.cols,
-               static_cast<const R*>(a.grad)[r]};
+    return {row_of<T>(a.mean, r, a.cols),
+            row_of<X>(a.x, target_row(r, a.x_rows), a.cols),
+            {a.logvar, r, a.cols},
+            r * a.cols,
+            static_cast<const R*>(a.grad)[r],
+            {}};
+  }
+
+  __device__ void prepare(Row& row) const {
     if constexpr (kOneLogvar) row.one = OneVariance<R>(row.logvar.template load<kVector, N>(0, N).template get<R>(0));
-    return row;
   }
 
   __device__ Input load(const Row& row, int64_t c, int n) const {

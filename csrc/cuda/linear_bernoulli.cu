@@ -1,6 +1,7 @@
 // What happens to a tile of logits of the last linear layer between its matrix products (linear_bernoulli.cpp): the
-// bias is added, log p(x|z) is summed over every row, and the gradient is written (math/bernoulli.h): over the products,
-// or beside them where those are floats and the gradient, a factor of the next products, is of half precision.
+// bias is added, log p(x|z) is summed over every row, and the gradient is written (math/bernoulli.h): over the
+// products, or beside them where those are floats and the gradient, a factor of the next products, is of half
+// precision.
 //
 // The tile stays in the L2 cache from one product to the next, so this kernel moves x bytes of memory for an element,
 // the targets. Its work, an exp, a log1p and a division, is small beside the two to six times H additions and
@@ -57,8 +58,7 @@ struct Tile {
 
   __device__ Input load(const Row& row, int64_t c, int n) const {
     return {load_own_chunk<kVector, N>(row.products + c, n),
-            load_chunk<kVector, N>(static_cast<const T*>(a.bias) + c, n),
-            load_chunk<kVector, N>(row.x + c, n)};
+            load_chunk<kVector, N>(static_cast<const T*>(a.bias) + c, n), load_chunk<kVector, N>(row.x + c, n)};
   }
 
   __device__ void apply(const Row& row, const Input& in, int64_t c, int n, Sums<R, kSums>& sums) const {

@@ -15,8 +15,8 @@ struct ExactNormals {
   }
 };
 
-// The same normals to a relative error of 1e-6, for what is rounded to half precision afterwards. The steps are those of
-// math/philox.h, with shorter fits and the hardware's logarithm and root.
+// The same normals to a relative error of 1e-6, for what is rounded to half precision afterwards. The steps are those
+// of math/philox.h, with shorter fits and the hardware's logarithm and root.
 struct HalfPrecisionNormals {
   using M = Math<float>;
 

@@ -21,7 +21,9 @@ using GradientNormals = std::conditional_t<sizeof(T) == 2, HalfPrecisionNormals,
 
 // Normals are a computation: independent chains in one thread keep a processor as busy as more threads do.
 template <class T, bool kVector>
-constexpr int registers = sizeof(T) == 8 ? 128 : kVector ? 80 : 96;
+constexpr int registers = sizeof(T) == 8 ? 128
+                          : kVector      ? 80
+                                         : 96;
 
 template <class T, bool kVectorRows, bool kWithKL>
 struct Sample {

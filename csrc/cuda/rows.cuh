@@ -7,9 +7,10 @@
 //     static constexpr int kSums;                 // sums over a row that it wants, in Real<Element>; 0 for a map
 //     static constexpr int kRegisters;            // of a thread, if not the 64 that keep 1024 threads on a processor
 //     Row row(int64_t r) const;                   // pointers to row r and its constants
-//     Input load(row, int64_t col, int n) const;  // what it needs of the n elements from col on, still unused
-//     void apply(row, input, int64_t col, int n, sums) const;  // computes and writes, adds to sums.value[k]
-//     R* sum(int k) const;                        // where sum k of every row goes (not for a map)
+//     void prepare(row) const;                    // if there: what else a row needs, while its first chunk is on its
+//     way Input load(row, int64_t col, int n) const;  // what it needs of the n elements from col on, still unused void
+//     apply(row, input, int64_t col, int n, sums) const;  // computes and writes, adds to sums.value[k] R* sum(int k)
+//     const;                        // where sum k of every row goes (not for a map)
 //   };
 //
 // A row that is summed has one owner: a few lanes, a warp or a block. A row too wide for one block (kWholeRow) is cut
@@ -51,8 +52,7 @@ struct RowWidth {
   int64_t chunks;  // at most
   int threads;
 };
-constexpr RowWidth kRowWidths[] = {{1, 1},   {2, 2},       {4, 4},   {8, 8},
-                                   {16, 16}, {128, kWarp}, {256, 64}, {1024, kBlock}};
+constexpr RowWidth kRowWidths[] = {{1, 1}, {2, 2}, {4, 4}, {8, 8}, {16, 16}, {128, kWarp}, {256, 64}, {1024, kBlock}};
 
 inline int threads_per_row(int64_t chunks, bool sums) {
   for (const RowWidth& width : kRowWidths) {
@@ -98,7 +98,8 @@ constexpr int registers_of() {
 
 // Block (threads that share a row, rows); grid (rows, segments of a row). `segment` and the loops count chunks. Where
 // `parts` is there, it takes the sums of segments, [kSums, rows, gridDim.y].
-// What the memory has on its way is what the resident threads have asked for, so the launch bounds ask for many of them.
+// What the memory has on its way is what the resident threads have asked for, so the launch bounds ask for many of
+// them.
 template <class Op>
 __global__ void __launch_bounds__(block_of<Op>(), 65536 / (block_of<Op>() * registers_of<Op>()))
     rows_kernel(const Op op, int64_t rows, int64_t cols, int64_t segment, Real<typename Op::Element>* parts) {
@@ -116,12 +117,13 @@ __global__ void __launch_bounds__(block_of<Op>(), 65536 / (block_of<Op>() * regi
     const int64_t r = block_row + threadIdx.y;
     Sums<Real<typename Op::Element>, Op::kSums> sums;
     if (r < rows) {
-      const typename Op::Row row = op.row(r);
+      typename Op::Row row = op.row(r);
       for (int64_t first = blockIdx.y * segment; first < chunks; first += segment_step) {
         const int64_t last = first + segment < chunks ? first + segment : chunks;
         int64_t chunk = first + threadIdx.x;
         if (chunk >= last) continue;
         typename Op::Input next = op.load(row, chunk * N, elements(chunk));
+        if constexpr (requires { op.prepare(row); }) op.prepare(row);
         while (chunk < last) {  // the next chunk is on its way while this one is worked on
           const typename Op::Input input = next;
           const int64_t current = chunk;

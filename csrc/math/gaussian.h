@@ -50,8 +50,7 @@ struct GaussianResidual {
   V d, v, s;
   VAE_FAST_INLINE GaussianResidual(V mean, V logvar, V x) : d(x - mean), v(Math<V>::exp(logvar)), s(d / v) {}
   // of a variance that many residuals share, and one over it
-  VAE_FAST_INLINE GaussianResidual(V mean, V x, V variance, V precision)
-      : d(x - mean), v(variance), s(d * precision) {}
+  VAE_FAST_INLINE GaussianResidual(V mean, V x, V variance, V precision) : d(x - mean), v(variance), s(d * precision) {}
   VAE_FAST_INLINE V log_likelihood(V logvar) const {
     return constant<V>(-0.5) * Math<V>::fma(d, s, logvar + constant<V>(1.8378770664093454836));  // log(2 pi)
   }

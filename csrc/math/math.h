@@ -178,7 +178,7 @@ struct Math<double> {
 };
 
 // The arithmetic of floats that came in half precision and, but for expm1_minus_identity, go back to it, where a GPU's
-// instructions and not its memory are the limit: relative error 2e-6 against the 5e-4 (float16) or 4e-3 (bfloat16) of
+// instructions and not its memory are the limit: relative error 4e-6 against the 5e-4 (float16) or 4e-3 (bfloat16) of
 // that rounding.
 struct HalfPrecisionMath : Math<float> {
   // Below 2^-126 the result is 0. Without a reduction: the rounding of a log2(e) is all that is lost.
