@@ -34,7 +34,7 @@ struct Tile {
   using Element = T;
   using R = Real<T>;
   static constexpr bool kVector = kVectorRows;
-  static constexpr int kSums = 1, N = kChunk<T>;
+  static constexpr int kSums = 1, N = kChunk<T>, kRegisters = sizeof(T) == 8 ? 128 : 80;
 
   BernoulliTile a;
 
