@@ -40,7 +40,7 @@ VAE_FAST_INLINE void philox4x32_10(typename Math<V>::Uint (*c)[4], uint32_t key0
   }
 }
 
-// sqrt(a) for a normal number a that is no power of two away from the ends: correctly rounded. A GPU's sqrtf does the
+// sqrt(a) for an a well within the normal numbers, correctly rounded. A GPU's sqrtf does the
 // same behind a branch for all other a, which keeps one normal from being made beside the next.
 template <class V>
 VAE_FAST_INLINE V sqrt_of_normal(V a) {
