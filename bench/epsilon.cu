@@ -34,7 +34,7 @@ struct Store {
   __device__ void apply(const Row& row, const Input& in, int64_t c, int n, Sums<float, 0>&) const {
     const int64_t i = row.first + c;
     float eps[N], z[N];
-    normals<kVector>(*a.seed, i, n, eps);
+    normals<kVector, ExactNormals>(*a.seed, i, n, eps);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       z[j] = reparameterize(in.mu.template get<float>(j), in.logvar.template get<float>(j), eps[j]);

@@ -30,7 +30,7 @@ __global__ __launch_bounds__(kThreads) void make_kernel(int64_t seed, int64_t co
   float sum = 0;
   for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kPerThread; i < count; i += stride) {
     float eps[kPerThread];
-    vae_fast::cuda::normals<true>(seed, i, kPerThread, eps);
+    vae_fast::cuda::normals<true, vae_fast::cuda::ExactNormals>(seed, i, kPerThread, eps);
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) sum += eps[j];
   }

@@ -125,21 +125,22 @@ struct BernoulliDoubleBackward {
   void* grad_logits;         // [rows, cols]
 };
 
-// A tile of a decoder's last linear layer, some of its rows and outputs: with l = tile[r, c] + bias[c] and
+// A tile of a decoder's last linear layer, some of its rows and outputs: with l = products[r, c] + bias[c] and
 // t = x[(first_row + r) mod x_rows, c],
-//   log_likelihood[r] = sum_c log Bernoulli(t; sigmoid(l))    and    tile[r, c] = grad[r] (t - sigmoid(l))
+//   log_likelihood[r] = sum_c log Bernoulli(t; sigmoid(l))    and    delta[r, c] = grad[r] (t - sigmoid(l))
 struct BernoulliTile {
   DType dtype, x_dtype;
   int64_t rows, cols;  // of the tile
   int64_t first_row, x_rows;
   int64_t x_stride;           // elements from a row of x to the next
   bool wants_log_likelihood;  // or else what it holds afterwards means nothing
-  bool wants_grad;            // whether the tile is overwritten
+  bool wants_grad;            // whether delta is written
   const void* x;              // [x_rows, cols]
   const void* bias;           // [cols]
   const void* grad;           // [rows] loss, or null for ones
   void* log_likelihood;       // [rows] loss
-  void* tile;                 // [rows, cols]
+  const void* products;       // [rows, cols] loss
+  void* delta;                // [rows, cols]; may be products where the types agree
 };
 
 // log_likelihood[r] = sum_c log N(x[r mod x_rows, c]; mean[r, c], exp(logvar)); logvar has the shape of mean, or is one

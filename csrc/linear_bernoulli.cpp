@@ -3,7 +3,8 @@
 // for h [rows, H], weight [D, H] and x [rows, D], without ever storing the logits l [rows, D]: they are made tile by
 // tile, by torch's matrix product into one buffer that stays in the cache, and used there (BernoulliTile in kernels.h).
 //
-// With g_r the upstream gradient of a row and delta = g_r (x - sigmoid(l)), which takes the place of l in the tile,
+// With g_r the upstream gradient of a row and delta = g_r (x - sigmoid(l)), which takes the place of l in the tile or,
+// in half precision on a GPU, stands in a tile beside it,
 //   grad h = delta weight,   grad weight = delta^T h,   grad bias = sum_r delta
 //
 // Two ways. Where every row may have a gradient of its own, forward makes the logits and backward makes them again:
@@ -55,9 +56,10 @@ void check_layer(const Tensor& h, const Tensor& weight, const optional<Tensor>& 
 // --- the pass over the tiles -----------------------------------------------------------------------------------------
 
 // Elements of a tile: on a CPU half a megabyte of floats for every thread, about what its own cache holds (on one
-// thread anything from a quarter to four times that took the same time, within 8 %); on a GPU a fraction of its L2.
-int64_t tile_elements(bool on_cpu) {
-  return on_cpu ? std::min<int64_t>(at::get_num_threads(), 64) << 17 : int64_t{1} << 23;
+// thread anything from a quarter to four times that took the same time, within 8 %); on a GPU a fraction of its L2, of
+// `two` tiles half as much.
+int64_t tile_elements(bool on_cpu, bool two) {
+  return on_cpu ? std::min<int64_t>(at::get_num_threads(), 64) << 17 : int64_t{1} << (two ? 22 : 23);
 }
 
 // The size of equal parts of n, of about `most` at most; but for the last a multiple of 64, so that tiles are aligned.
@@ -66,7 +68,15 @@ int64_t part(int64_t n, int64_t most) {
   return std::max<int64_t>(((n + parts - 1) / parts + 63) / 64 * 64, 64);
 }
 
-// sum += a b; where a and b are of half precision, sum may be of float
+// out = a b; where a and b are of half precision, out may be of float
+void set_to_product(Tensor out, const Tensor& a, const Tensor& b) {
+  if (out.scalar_type() == a.scalar_type())
+    at::mm_out(out, a, b);
+  else
+    at::mm_out(out, a, b, out.scalar_type());
+}
+
+// sum += a b, likewise
 void add_product(Tensor sum, const Tensor& a, const Tensor& b) {
   if (sum.scalar_type() == a.scalar_type())
     sum.addmm_(a, b);
@@ -86,8 +96,9 @@ struct Sums {
 };
 
 // Outputs outside, rows inside: a block of weight stays in the cache and its gradient is completed there. Every sum has
-// a fixed order. Sums are of float (of double in double) whatever the tensors are; a row's log-likelihood adds up over
-// the blocks in double.
+// a fixed order. Sums are of float (of double in double) whatever the tensors are, and so are logits: rounded to half
+// precision, each would be off by up to 2^-9 of itself, and the sum over rows by more than all else together. A row's
+// log-likelihood adds up over the blocks in double.
 Sums pass(const char* name, const Layer& layer, const Tensor& grad, bool wants_log_likelihood, Needs needs,
           at::ScalarType grad_type) {
   const at::ScalarType real = loss_type(layer.h);
@@ -111,11 +122,14 @@ Sums pass(const char* name, const Layer& layer, const Tensor& grad, bool wants_l
   if (needs[1]) sums.grad_weight = zeros({outputs, width}, grad_type);
   if (needs[2]) sums.grad_bias = zeros({outputs}, real);
 
-  const int64_t elements = tile_elements(h.is_cpu());  // about square: every product then has the most work
+  const bool two_tiles = type != real;
+  const int64_t elements = tile_elements(h.is_cpu(), two_tiles);  // about square: every product then has the most work
   const int64_t some_rows = std::clamp<int64_t>(rows, 64, static_cast<int64_t>(std::sqrt(elements)));
   const int64_t block_cols = part(outputs, elements / some_rows);
   const int64_t block_rows = part(rows, elements / block_cols);
-  const Tensor buffer = at::empty({std::min(block_rows, rows) * std::min(block_cols, outputs)}, h.options());
+  const int64_t most = std::min(block_rows, rows) * std::min(block_cols, outputs);
+  const Tensor product_buffer = at::empty({most}, h.options().dtype(real));
+  const Tensor delta_buffer = two_tiles && needs_any ? at::empty({most}, h.options()) : product_buffer;
   const Tensor row_sums = at::empty({std::min(block_rows, rows)}, h.options().dtype(real));
 
   for (int64_t c = 0; c < outputs && rows > 0; c += block_cols) {
@@ -128,18 +142,19 @@ Sums pass(const char* name, const Layer& layer, const Tensor& grad, bool wants_l
 
     for (int64_t r = 0; r < rows; r += block_rows) {
       const int64_t m = std::min(block_rows, rows - r);
-      Tensor tile = buffer.narrow(0, 0, m * n).view({m, n});
+      const Tensor products = product_buffer.narrow(0, 0, m * n).view({m, n});
+      const Tensor delta = delta_buffer.narrow(0, 0, m * n).view({m, n});
       const Tensor h_block = h.narrow(0, r, m);
-      at::mm_out(tile, h_block, weight.t());
+      set_to_product(products, h_block, weight.t());
       const Tensor row_grad = grad.defined() ? grad.narrow(0, r, m) : Tensor();
       launch(name, h,
              BernoulliTile{dtype_of(type), dtype_of(target.scalar_type()), m, n, r, x_rows, target.stride(0),
                            wants_log_likelihood, needs_any, pointer(target), pointer(bias_block), pointer(row_grad),
-                           pointer(row_sums), pointer(tile)});
+                           pointer(row_sums), pointer(products), pointer(delta)});
       if (wants_log_likelihood) sums.log_likelihood.narrow(0, r, m).add_(row_sums.narrow(0, 0, m));
-      if (needs[0]) add_product(sums.grad_h.narrow(0, r, m), tile, weight);
-      if (needs[1]) add_product(grad_weight, tile.t(), h_block);
-      if (needs[2]) sums.grad_bias.narrow(0, c, n).add_(tile.sum({0}, false, real));
+      if (needs[0]) add_product(sums.grad_h.narrow(0, r, m), delta, weight);
+      if (needs[1]) add_product(grad_weight, delta.t(), h_block);
+      if (needs[2]) sums.grad_bias.narrow(0, c, n).add_(delta.sum({0}, false, real));
     }
     if (needs[1] && grad_type != real) sums.grad_weight.narrow(0, c, n).copy_(grad_weight);
   }

@@ -405,20 +405,21 @@ void bernoulli_tile(const BernoulliTile& a, int64_t begin, int64_t end) {
   using M = Memory<V>;
   const T* bias = static_cast<const T*>(a.bias);
   for (int64_t r = begin; r < end; ++r) {
-    T* tile = static_cast<T*>(a.tile) + r * a.cols;
+    const auto* products = static_cast<const Scalar<T>*>(a.products) + r * a.cols;
+    T* delta = static_cast<T*>(a.delta) + r * a.cols;
     const X* x = static_cast<const X*>(a.x) + (a.first_row + r) % a.x_rows * a.x_stride;
     const Scalar<T> g = a.grad ? static_cast<const Scalar<T>*>(a.grad)[r] : Scalar<T>{1};
-    const auto logit = [&](int64_t c, int64_t n) { return M::load(tile + c, n) + M::load(bias + c, n); };
+    const auto logit = [&](int64_t c, int64_t n) { return M::load(products + c, n) + M::load(bias + c, n); };
     if (!a.wants_log_likelihood) {
       for_each_vector<V>(0, a.cols, [&](int64_t c, int64_t n) {
-        M::store(tile + c, g * bernoulli_grad_logit(logit(c, n), M::load(x + c, n)), n);
+        M::store(delta + c, g * bernoulli_grad_logit(logit(c, n), M::load(x + c, n)), n);
       });
       continue;
     }
     const auto add = [&](BernoulliSum<V>& sum, int64_t c, int64_t n) {
       const V l = logit(c, n), target = M::load(x + c, n), t = bernoulli_odds(l);
       sum.add(l, target, t);
-      if (a.wants_grad) M::store(tile + c, g * bernoulli_grad_logit(l, target, t), n);
+      if (a.wants_grad) M::store(delta + c, g * bernoulli_grad_logit(l, target, t), n);
     };
     static_cast<Scalar<T>*>(a.log_likelihood)[r] = static_cast<Scalar<T>>(bernoulli_row_sum<V>(a.cols, add));
   }

@@ -68,12 +68,30 @@ struct LogLikelihood {
 
   __device__ void apply(const Row&, const Input& in, int64_t, int n, Sums<R, kSums>& sums) const {
     static_assert(N <= BernoulliSum<R>::kMost, "one sum takes a chunk");
-    BernoulliSum<R, Arithmetic<T>> sum;
+    // Of Math<R> also in half precision: the sum is a float, and may be one exp(-|l|) alone.
+    BernoulliSum<R> sum;
+    if constexpr (std::is_same_v<X, Bits>) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (j < n) sum.add(in.logits.template get<R>(j), in.x.template get<R>(j));
+      for (int j = 0; j < N; ++j) {
+        if (j < n) sum.add(in.logits.template get<R>(j), in.x.template get<R>(j));
+      }
+      sums.value[0] += sum.log_likelihood();
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        if (j < n) sum.add_finite(in.logits.template get<R>(j), in.x.template get<R>(j));
+      }
+      R value = sum.log_likelihood();
+      if (value != value) {  // an infinite logit, or NaN
+        sum = {};
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          if (j < n) sum.add(in.logits.template get<R>(j), in.x.template get<R>(j));
+        }
+        value = sum.log_likelihood();
+      }
+      sums.value[0] += value;
     }
-    sums.value[0] += sum.log_likelihood();
   }
 
   __host__ __device__ R* sum(int) const { return static_cast<R*>(a.log_likelihood); }

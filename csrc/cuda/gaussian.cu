@@ -31,12 +31,30 @@ struct Logvar {
   }
 };
 
+// The one variance of all elements: exp and the division are done once a row, and an element's division is a product.
+template <class R>
+struct OneVariance {
+  R logvar, variance, precision;
+  bool exact;  // whether the product takes the division's place: both are normal numbers
+
+  OneVariance() = default;
+  __device__ explicit OneVariance(R lv) : logvar(lv), variance(Math<R>::exp(lv)), precision(R{1} / variance) {
+    constexpr R kLeast = static_cast<R>(sizeof(R) == 4 ? 0x1p-126 : 0x1p-1022);
+    exact = variance >= kLeast && precision >= kLeast;
+  }
+
+  __device__ __forceinline__ GaussianResidual<R> residual(R mean, R x) const {
+    return GaussianResidual<R>(mean, x, variance, precision);
+  }
+};
+
 template <class T, class X, bool kVectorRows, bool kOneLogvar>
 struct LogLikelihood {
   using Element = T;
   using R = Real<T>;
   static constexpr bool kVector = kVectorRows;
   static constexpr int kSums = 1, N = kChunk<T>;
+  static constexpr int kRegisters = sizeof(T) == 8 ? 128 : kVectorRows ? 64 : 80;
 
   GaussianForward a;
 
@@ -44,6 +62,7 @@ struct LogLikelihood {
     const T* mean;
     const X* x;
     Logvar<T, kOneLogvar> logvar;
+    OneVariance<R> one;
   };
   struct Input {
     Chunk<T, N> mean, logvar;
@@ -51,7 +70,11 @@ struct LogLikelihood {
   };
 
   __device__ Row row(int64_t r) const {
-    return {row_of<T>(a.mean, r, a.cols), row_of<X>(a.x, target_row(r, a.x_rows), a.cols), {a.logvar, r, a.cols}};
+    return {row_of<T>(a.mean, r, a.cols), row_of<X>(a.x, target_row(r, a.x_rows), a.cols), {a.logvar, r, a.cols}, {}};
+  }
+
+  __device__ void prepare(Row& row) const {
+    if constexpr (kOneLogvar) row.one = OneVariance<R>(row.logvar.template load<kVector, N>(0, N).template get<R>(0));
   }
 
   __device__ Input load(const Row& row, int64_t c, int n) const {
@@ -59,14 +82,40 @@ struct LogLikelihood {
             load_chunk<kVector, N>(row.x + c, n)};
   }
 
-  __device__ void apply(const Row&, const Input& in, int64_t, int n, Sums<R, kSums>& sums) const {
+  __device__ void apply(const Row& row, const Input& in, int64_t, int n, Sums<R, kSums>& sums) const {
+    if constexpr (kOneLogvar) {
+      if (row.one.exact) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const R logvar = in.logvar.template get<R>(j);
-      const GaussianResidual<R> residual(in.mean.template get<R>(j), logvar, in.x.template get<R>(j));
-      const R term = residual.log_likelihood(logvar);
-      sums.value[0] += j < n ? term : R{};
+        for (int j = 0; j < N; ++j) {
+          const auto residual = row.one.residual(in.mean.template get<R>(j), in.x.template get<R>(j));
+          const R term = residual.log_likelihood(row.one.logvar);
+          sums.value[0] += j < n ? term : R{};
+        }
+        return;
+      }
     }
+    R sum{};
+    if constexpr (!kOneLogvar) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const R logvar = in.logvar.template get<R>(j);
+        GaussianResidual<R> residual(in.mean.template get<R>(j), in.x.template get<R>(j), Math<R>::exp(logvar), R{});
+        residual.s = Math<R>::quotient(residual.d, residual.v);
+        const R term = residual.log_likelihood(logvar);
+        sum += j < n ? term : R{};
+      }
+    }
+    if (kOneLogvar || sum != sum) {  // NaN is also what overflowed in the quotient, but not in a division
+      sum = R{};
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const R logvar = in.logvar.template get<R>(j);
+        const GaussianResidual<R> residual(in.mean.template get<R>(j), logvar, in.x.template get<R>(j));
+        const R term = residual.log_likelihood(logvar);
+        sum += j < n ? term : R{};
+      }
+    }
+    sums.value[0] += sum;
   }
 
   __host__ __device__ R* sum(int) const { return static_cast<R*>(a.log_likelihood); }
@@ -88,6 +137,7 @@ struct LogLikelihoodBackward {
     Logvar<T, kOneLogvar> logvar;
     int64_t first;
     R grad;
+    OneVariance<R> one;
   };
   struct Input {
     Chunk<T, N> mean, logvar;
@@ -99,7 +149,12 @@ struct LogLikelihoodBackward {
             row_of<X>(a.x, target_row(r, a.x_rows), a.cols),
             {a.logvar, r, a.cols},
             r * a.cols,
-            static_cast<const R*>(a.grad)[r]};
+            static_cast<const R*>(a.grad)[r],
+            {}};
+  }
+
+  __device__ void prepare(Row& row) const {
+    if constexpr (kOneLogvar) row.one = OneVariance<R>(row.logvar.template load<kVector, N>(0, N).template get<R>(0));
   }
 
   __device__ Input load(const Row& row, int64_t c, int n) const {
@@ -109,13 +164,19 @@ struct LogLikelihoodBackward {
 
   __device__ void apply(const Row& row, const Input& in, int64_t c, int n, Sums<R, kSums>& sums) const {
     R to_mean[N], to_logvar[N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const GaussianResidual<R> residual(in.mean.template get<R>(j), in.logvar.template get<R>(j),
-                                         in.x.template get<R>(j));
+    const auto add = [&](int j, const GaussianResidual<R>& residual) {
       to_mean[j] = row.grad * residual.grad_mean();
       to_logvar[j] = row.grad * residual.grad_logvar();
       if constexpr (kSumLogvar) sums.value[0] += j < n ? to_logvar[j] : R{};
+    };
+    if (kOneLogvar && row.one.exact) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) add(j, row.one.residual(in.mean.template get<R>(j), in.x.template get<R>(j)));
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        add(j, {in.mean.template get<R>(j), in.logvar.template get<R>(j), in.x.template get<R>(j)});
+      }
     }
     if (a.grad_mean) store_chunk<kVector, N>(static_cast<T*>(a.grad_mean) + row.first + c, to_mean, n);
     if constexpr (!kOneLogvar) {
@@ -131,7 +192,7 @@ struct LogLikelihoodDoubleBackward {
   using Element = T;
   using R = Real<T>;
   static constexpr bool kVector = kVectorRows;
-  static constexpr int kSums = kOneLogvar ? 2 : 1, N = kChunk<T>;
+  static constexpr int kSums = kOneLogvar ? 2 : 1, N = kChunk<T>, kRegisters = 128;
 
   GaussianDoubleBackward a;
 

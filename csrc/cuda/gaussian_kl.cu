@@ -35,7 +35,7 @@ struct KLForward {
   __device__ void apply(const Row&, const Input& in, int64_t, int n, Sums<R, kSums>& sums) const {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const R term = gaussian_kl(in.mu.template get<R>(j), in.logvar.template get<R>(j));
+      const R term = gaussian_kl<R, Arithmetic<T>>(in.mu.template get<R>(j), in.logvar.template get<R>(j));
       sums.value[0] += j < n ? term : R{};
     }
   }
@@ -82,7 +82,9 @@ struct KLBackward {
     }
     if (a.grad_logvar) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) out[j] = row.grad_kl * gaussian_kl_grad_logvar(in.logvar.template get<R>(j));
+      for (int j = 0; j < N; ++j) {
+        out[j] = row.grad_kl * gaussian_kl_grad_logvar<R, Arithmetic<T>>(in.logvar.template get<R>(j));
+      }
       store_chunk<kVector, N>(row.grad_logvar + c, out, n);
     }
   }
@@ -93,7 +95,7 @@ struct KLDoubleBackward {
   using Element = T;
   using R = Real<T>;
   static constexpr bool kVector = kVectorRows;
-  static constexpr int kSums = 1, N = kChunk<T>;
+  static constexpr int kSums = 1, N = kChunk<T>, kRegisters = 80;
 
   GaussianKLDoubleBackward a;
 

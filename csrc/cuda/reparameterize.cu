@@ -14,12 +14,24 @@ namespace vae_fast {
 namespace cuda {
 namespace {
 
+// How a gradient's normals are made: what is rounded to half precision needs not all of their digits, and has those it
+// needs in three quarters of the instructions. z itself is made of the normals to their last bit.
+template <class T>
+using GradientNormals = std::conditional_t<sizeof(T) == 2, HalfPrecisionNormals, ExactNormals>;
+
+// Normals are a computation: independent chains in one thread keep a processor as busy as more threads do.
+template <class T, bool kVector>
+constexpr int registers = sizeof(T) == 8 ? 128
+                          : kVector      ? 80
+                                         : 96;
+
 template <class T, bool kVectorRows, bool kWithKL>
 struct Sample {
   using Element = T;
   using R = Real<T>;
   static constexpr bool kVector = kVectorRows;
   static constexpr int kSums = kWithKL ? 1 : 0, N = kChunk<T>;
+  static constexpr int kRegisters = registers<T, kVector>;
 
   ReparameterizeForward a;
 
@@ -46,16 +58,16 @@ struct Sample {
       mu[j] = in.mu.template get<R>(j);
       logvar[j] = in.logvar.template get<R>(j);
       if constexpr (kWithKL) {
-        const R term = gaussian_kl(mu[j], logvar[j]);
+        const R term = gaussian_kl<R, Arithmetic<T>>(mu[j], logvar[j]);
         sums.value[0] += j < n ? term : R{};
       }
     }
     int64_t i = row.first + c;
     for (int64_t s = 0; s < a.samples; ++s, i += a.rows * a.cols) {
       R eps[N];
-      normals<kVector>(row.seed, i, n, eps);
+      normals<kVector, ExactNormals>(row.seed, i, n, eps);
 #pragma unroll
-      for (int j = 0; j < N; ++j) eps[j] = reparameterize(mu[j], logvar[j], eps[j]);
+      for (int j = 0; j < N; ++j) eps[j] = reparameterize<R, Arithmetic<T>>(mu[j], logvar[j], eps[j]);
       store_chunk<kVector, N>(static_cast<T*>(a.z) + i, eps, n);
     }
   }
@@ -69,6 +81,7 @@ struct SampleBackward {
   using R = Real<T>;
   static constexpr bool kVector = kVectorRows;
   static constexpr int kSums = 0, N = kChunk<T>;
+  static constexpr int kRegisters = sizeof(T) == 8 ? 128 : 96;
 
   ReparameterizeBackward a;
 
@@ -100,7 +113,7 @@ struct SampleBackward {
     for (int64_t s = 0; s < samples; ++s, i += a.rows * a.cols) {
       const Chunk<T, N> grad_z = load_chunk<kVector, N>(static_cast<const T*>(a.grad_z) + i, n);
       R eps[N] = {};
-      if (a.grad_logvar) normals<kVector>(row.seed, i, n, eps);
+      if (a.grad_logvar) normals<kVector, GradientNormals<T>>(row.seed, i, n, eps);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const R g = grad_z.template get<R>(j);
@@ -120,8 +133,8 @@ struct SampleBackward {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const R logvar = in.logvar.template get<R>(j);
-        to_logvar[j] = constant<R>(0.5) * standard_deviation(logvar) * weighted[j];
-        if (a.grad_kl) to_logvar[j] += row.grad_kl * gaussian_kl_grad_logvar(logvar);
+        to_logvar[j] = constant<R>(0.5) * standard_deviation<R, Arithmetic<T>>(logvar) * weighted[j];
+        if (a.grad_kl) to_logvar[j] += row.grad_kl * gaussian_kl_grad_logvar<R, Arithmetic<T>>(logvar);
       }
       store_chunk<kVector, N>(static_cast<T*>(a.grad_logvar) + row.first + c, to_logvar, n);
     }
@@ -134,6 +147,7 @@ struct SampleDoubleBackward {
   using R = Real<T>;
   static constexpr bool kVector = kVectorRows;
   static constexpr int kSums = 0, N = kChunk<T>;
+  static constexpr int kRegisters = registers<T, kVector>;
 
   ReparameterizeDoubleBackward a;
 
@@ -166,7 +180,7 @@ struct SampleDoubleBackward {
     for (int64_t s = 0; s < a.samples; ++s, i += a.rows * a.cols) {
       const Chunk<T, N> grad_z = load_chunk<kVector, N>(static_cast<const T*>(a.grad_z) + i, n);
       R eps[N], to_grad_z[N];
-      normals<kVector>(row.seed, i, n, eps);
+      normals<kVector, ExactNormals>(row.seed, i, n, eps);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         weighted[j] = Math<R>::fma(grad_z.template get<R>(j), eps[j], weighted[j]);
@@ -187,6 +201,7 @@ struct Normal {
   using R = Real<T>;
   static constexpr bool kVector = false;
   static constexpr int kSums = 0, N = kChunk<T>;
+  static constexpr int kRegisters = registers<T, kVector>;
 
   PhiloxNormal a;
   bool vector_out;
@@ -201,7 +216,7 @@ struct Normal {
 
   __device__ void apply(const Row& row, const Input&, int64_t c, int n, Sums<R, kSums>&) const {
     R eps[N];
-    normals<true>(row.seed, c, n, eps);
+    normals<true, ExactNormals>(row.seed, c, n, eps);
     T* out = static_cast<T*>(a.out) + c;
     if (vector_out && n == N) {
       store_chunk<true, N>(out, eps, n);

@@ -5,10 +5,12 @@
 //     using Element;                              // the type of its tensors
 //     static constexpr bool kVector;              // every row starts on a chunk boundary: see vec.cuh
 //     static constexpr int kSums;                 // sums over a row that it wants, in Real<Element>; 0 for a map
+//     static constexpr int kRegisters;            // of a thread, if not the 64 that keep 1024 threads on a processor
 //     Row row(int64_t r) const;                   // pointers to row r and its constants
-//     Input load(row, int64_t col, int n) const;  // what it needs of the n elements from col on, still unused
-//     void apply(row, input, int64_t col, int n, sums) const;  // computes and writes, adds to sums.value[k]
-//     R* sum(int k) const;                        // where sum k of every row goes (not for a map)
+//     void prepare(row) const;                    // if there: what else a row needs, while its first chunk is on its
+//     way Input load(row, int64_t col, int n) const;  // what it needs of the n elements from col on, still unused void
+//     apply(row, input, int64_t col, int n, sums) const;  // computes and writes, adds to sums.value[k] R* sum(int k)
+//     const;                        // where sum k of every row goes (not for a map)
 //   };
 //
 // A row that is summed has one owner: a few lanes, a warp or a block. A row too wide for one block (kWholeRow) is cut
@@ -27,10 +29,10 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kBlock = 128;           // threads of a block that holds several rows, or a segment of one
-constexpr int kWideBlock = 512;       // threads of a block that sums one wide row
+constexpr int kWideBlock = 256;       // threads of a block that sums one wide row
 constexpr int kSegmentPerThread = 4;  // chunks of a map that a thread handles
 
-// Chunks of the widest row that one block sums (eight for each thread of kWideBlock), chunks of a segment of wider rows
+// Chunks of the widest row that one block sums (16 for each thread of kWideBlock), chunks of a segment of wider rows
 // (eight for each thread of kBlock), and the most segments of a row: beyond them a block sums several, so that the
 // second launch has narrow rows only. (The tests lower these to reach every case.)
 #ifndef VAE_FAST_WIDE_ROWS
@@ -50,7 +52,7 @@ struct RowWidth {
   int64_t chunks;  // at most
   int threads;
 };
-constexpr RowWidth kRowWidths[] = {{1, 1}, {2, 2}, {4, 4}, {8, 8}, {16, 16}, {128, kWarp}, {1024, kBlock}};
+constexpr RowWidth kRowWidths[] = {{1, 1}, {2, 2}, {4, 4}, {8, 8}, {16, 16}, {128, kWarp}, {256, 64}, {1024, kBlock}};
 
 inline int threads_per_row(int64_t chunks, bool sums) {
   for (const RowWidth& width : kRowWidths) {
@@ -83,11 +85,23 @@ __device__ __forceinline__ R sum_over_row(R v) {
   return v;
 }
 
+// The largest block, and the registers that its threads may have.
+template <class Op>
+constexpr int block_of() {
+  return Op::kSums > 0 ? kWideBlock : kBlock;
+}
+template <class Op>
+constexpr int registers_of() {
+  if constexpr (requires { Op::kRegisters; }) return Op::kRegisters;
+  return sizeof(typename Op::Element) == 8 ? 128 : 64;  // double is there for gradient checks
+}
+
 // Block (threads that share a row, rows); grid (rows, segments of a row). `segment` and the loops count chunks. Where
 // `parts` is there, it takes the sums of segments, [kSums, rows, gridDim.y].
-// The 1 of the launch bounds: without it the compiler aims at an occupancy of its own choice and spills to reach it.
+// What the memory has on its way is what the resident threads have asked for, so the launch bounds ask for many of
+// them.
 template <class Op>
-__global__ void __launch_bounds__(Op::kSums > 0 ? kWideBlock : kBlock, 1)
+__global__ void __launch_bounds__(block_of<Op>(), 65536 / (block_of<Op>() * registers_of<Op>()))
     rows_kernel(const Op op, int64_t rows, int64_t cols, int64_t segment, Real<typename Op::Element>* parts) {
   constexpr int N = kChunk<typename Op::Element>;
   const int64_t chunks = (cols + N - 1) / N;
@@ -103,12 +117,13 @@ __global__ void __launch_bounds__(Op::kSums > 0 ? kWideBlock : kBlock, 1)
     const int64_t r = block_row + threadIdx.y;
     Sums<Real<typename Op::Element>, Op::kSums> sums;
     if (r < rows) {
-      const typename Op::Row row = op.row(r);
+      typename Op::Row row = op.row(r);
       for (int64_t first = blockIdx.y * segment; first < chunks; first += segment_step) {
         const int64_t last = first + segment < chunks ? first + segment : chunks;
         int64_t chunk = first + threadIdx.x;
         if (chunk >= last) continue;
         typename Op::Input next = op.load(row, chunk * N, elements(chunk));
+        if constexpr (requires { op.prepare(row); }) op.prepare(row);
         while (chunk < last) {  // the next chunk is on its way while this one is worked on
           const typename Op::Input input = next;
           const int64_t current = chunk;
@@ -174,7 +189,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class Op>
 int launch_grid(const Op& op, int64_t rows, int64_t cols, int threads, int64_t segment, int64_t segments, void* stream,
                 Real<typename Op::Element>* parts = nullptr) {
-  const int rows_per_block = threads < kBlock ? kBlock / threads : 1;
+  const int rows_per_block = threads <= (Op::kSums > 0 ? kWarp : kBlock) ? kBlock / threads : 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(std::min(ceil_div(rows, rows_per_block), kMaxGrid[0])),
                         static_cast<unsigned>(segments));

@@ -40,6 +40,34 @@ VAE_FAST_INLINE void philox4x32_10(typename Math<V>::Uint (*c)[4], uint32_t key0
   }
 }
 
+// sqrt(a) for an a well within the normal numbers, correctly rounded. A GPU's sqrtf does the
+// same behind a branch for all other a, which keeps one normal from being made beside the next.
+template <class V>
+VAE_FAST_INLINE V sqrt_of_normal(V a) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(a));
+  const float root = a * inverse;
+  return ::fmaf(::fmaf(-root, root, a), 0.5f * inverse, root);
+#else
+  return Math<V>::sqrt(a);
+#endif
+}
+
+// -2 log(1 + f) of g = -2 f: log1p_near_zero with every coefficient times a power of two, so to the same bits
+template <class V>
+VAE_FAST_INLINE V minus_twice_log1p_near_zero(V g) {
+  V y = g * g;
+  V even = Math<V>::fma(y, constant<V>(7.621122132e-2 / 512), constant<V>(1.324346099e-1 / 128));
+  V odd = Math<V>::fma(y, constant<V>(1.290466500e-1 / 256), constant<V>(1.418183426e-1 / 64));
+  even = Math<V>::fma(even, y, constant<V>(1.660901277e-1 / 32));
+  odd = Math<V>::fma(odd, y, constant<V>(2.000196855e-1 / 16));
+  even = Math<V>::fma(even, y, constant<V>(2.500158656e-1 / 8));
+  odd = Math<V>::fma(odd, y, constant<V>(3.333332599e-1 / 4));
+  even = Math<V>::fma(even, y, constant<V>(4.999998829e-1 / 2));
+  return Math<V>::fma(Math<V>::fma(odd, g, even), y, g);
+}
+
 // The Box-Muller transform of one pair of words, in float: V is float or a vector of floats.
 template <class V>
 VAE_FAST_INLINE void box_muller(typename Math<V>::Uint w_radius, typename Math<V>::Uint w_angle, V& first, V& second) {
@@ -49,21 +77,23 @@ VAE_FAST_INLINE void box_muller(typename Math<V>::Uint w_radius, typename Math<V
   // ln u, u = (w + 1/2) / 2^32 = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)). Near u = 1 the fraction f comes from
   // the complement of w, which float holds to full relative accuracy, where u itself would have lost it.
   V scaled = M::from_uint(w_radius) + 0.5f;
-  U bits = M::bits(scaled) - 0x3F3504F3u;  // 0x3F3504F3 is sqrt(1/2): the exponent field now rounds to nearest
-  V exponent = M::from_int((I)bits >> 23) - 32.0f;
+  // 0x3F3504F3 is sqrt(1/2): the exponent field now rounds to nearest; 32 less for the 2^-32
+  U bits = M::bits(scaled) - (0x3F3504F3u + (32u << 23));
+  I whole = (I)bits >> 23;
+  V exponent = M::from_int(whole);
   V mantissa = M::from_bits((bits & 0x007FFFFFu) + 0x3F3504F3u);
-  // 2^-32; read only where u >= sqrt(1/2), so where the complement is less than 2^31
-  V complement = (M::from_int((I)~w_radius) + 0.5f) * -2.3283064365386962890625e-10f;
-  V f = exponent == V{} ? complement : mantissa - 1.0f;
-  // ln 2 in two parts: the product with the first is exact
-  V log_u =
-      M::fma(exponent, constant<V>(0.693359375), M::fma(exponent, constant<V>(-2.12194440e-4), log1p_near_zero(f)));
-  V radius = M::sqrt(log_u * -2.0f);
-  // cos and sin of (quarter + rest) quarter turns; rest in [-1/2, 1/2] is exact in integers, so both stay accurate
-  // to the last bits near their zeros.
-  I word = (I)w_angle;
-  I quarter = (I)(w_angle + 0x20000000u) >> 30;
-  V rest = M::from_int((I)((U)word - ((U)quarter << 30))) * 9.31322574615478515625e-10f;  // 2^-30
+  // (~w + 1/2) / 2^31; read only where u >= sqrt(1/2), so where the complement is less than 2^31
+  V complement = M::fma(M::from_int((I)~w_radius), constant<V>(0x1p-31), constant<V>(0x1p-32));
+  V minus_twice_f = whole == I{} ? complement : M::fma(mantissa, constant<V>(-2.0), constant<V>(2.0));
+  // -2 ln 2 in two parts: the product with the first is exact
+  V square = M::fma(exponent, constant<V>(-2 * 0.693359375),
+                    M::fma(exponent, constant<V>(2 * 2.12194440e-4), minus_twice_log1p_near_zero(minus_twice_f)));
+  V radius = sqrt_of_normal(square);
+  // cos and sin of (quarter + rest) quarter turns, quarter in the two upper bits of `turned`; rest in [-1/2, 1/2] is
+  // exact in integers, the lower bits of the word with their sign, so both stay accurate to the last bits near their
+  // zeros.
+  U turned = w_angle + 0x20000000u;
+  V rest = M::from_int((I)(w_angle << 2)) * 2.3283064365386962890625e-10f;  // 2^-32
   V y = rest * rest;
   V s = M::fma(y, constant<V>(1.58651513e-4), constant<V>(-4.68147497e-3));
   s = M::fma(s, y, constant<V>(7.96926123e-2));
@@ -74,10 +104,10 @@ VAE_FAST_INLINE void box_muller(typename Math<V>::Uint w_radius, typename Math<V
   c = M::fma(c, y, constant<V>(2.53669410e-1));
   c = M::fma(c, y, constant<V>(-1.23370055));
   c = M::fma(c, y, constant<V>(1.0));
-  V cosine = (quarter & 1) == I{} ? c : s;
-  V sine = (quarter & 1) == I{} ? s : c;
-  U cosine_sign = (U)((quarter + 1) & 2) << 30;
-  U sine_sign = (U)(quarter & 2) << 30;
+  V cosine = (turned & 0x40000000u) == U{} ? c : s;
+  V sine = (turned & 0x40000000u) == U{} ? s : c;
+  U cosine_sign = (turned + 0x40000000u) & 0x80000000u;
+  U sine_sign = turned & 0x80000000u;
   first = radius * M::from_bits(M::bits(cosine) ^ cosine_sign);
   second = radius * M::from_bits(M::bits(sine) ^ sine_sign);
 }

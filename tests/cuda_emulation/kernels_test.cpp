@@ -205,7 +205,8 @@ class Tensors {
   Tensor& input(int64_t count) { return make(case_.dtype, count, Use::input).fill(symmetric); }
   Tensor& output(int64_t count) { return make(case_.dtype, count, Use::output); }
   Tensor& loss_input() { return make(loss_of(case_.dtype), case_.rows, Use::input).fill(symmetric); }
-  Tensor& loss_output() { return make(loss_of(case_.dtype), case_.rows, Use::output); }
+  Tensor& loss_output() { return loss_output(case_.rows); }
+  Tensor& loss_output(int64_t count) { return make(loss_of(case_.dtype), count, Use::output); }
   // Its rows may be further apart than they are wide.
   Tensor& target(bool binary, int64_t gap = 0) {
     if (case_.x_dtype == DType::bits) return packed_target();
@@ -564,32 +565,37 @@ void test(const Case& c, BernoulliTile) {
     Tensors t(c);
     const int64_t n = c.rows * c.cols, gap = outputs == 2 ? 16 : outputs == 3 ? 1 : 0, first_row = outputs - 1;
     const bool wants_sum = outputs & 1, wants_grad = outputs & 2, with_grad = outputs == 2;
-    Tensor &tile = t.output(n).fill(symmetric), &bias = t.input(c.cols), &x = t.target(true, gap);
+    const bool in_place = loss_of(c.dtype) == c.dtype;
+    Tensor& products = t.loss_output(n).fill(symmetric);
+    Tensor &delta = in_place ? products : t.output(n).fill(symmetric), &bias = t.input(c.cols);
+    Tensor& x = t.target(true, gap);
     Tensor &grad = t.loss_input(), &sum = t.loss_output();
-    Expected to_sum(c.rows), to_tile(n);
+    Expected to_sum(c.rows), to_delta(n);
     for (int64_t r = 0; r < c.rows; ++r) {
       Sum row;
       for (int64_t j = 0; j < c.cols; ++j) {
-        const double logit = at(tile, r * c.cols + j) + at(bias, j), g = with_grad ? at(grad, r) : 1;
+        const double logit = at(products, r * c.cols + j) + at(bias, j), g = with_grad ? at(grad, r) : 1;
         const double target = at(x, (first_row + r) % c.x_rows * (c.cols + gap) + j);
         Sum element;
         element.add(g * bernoulli_grad_logit<R>(logit, target));
         element.size += std::fabs(g);  // x - y may cancel
-        to_tile.set(r * c.cols + j, element);
+        to_delta.set(r * c.cols + j, element);
         row.add(bernoulli_log_likelihood<R>(logit, target));
       }
       to_sum.set(r, row);
     }
-    const Values untouched = tile.values;
+    const Values products_before = products.values, delta_before = delta.values;
     launched(c, cuda::launch(BernoulliTile{c.dtype, c.x_dtype, c.rows, c.cols, first_row, c.x_rows, c.cols + gap,
                                            wants_sum, wants_grad, x.pointer(), bias.pointer(),
-                                           with_grad ? grad.pointer() : nullptr, sum.pointer(), tile.pointer()},
+                                           with_grad ? grad.pointer() : nullptr, sum.pointer(), products.pointer(),
+                                           delta.pointer()},
                              nullptr, workspace));
     if (wants_sum) compare(c, "log_likelihood", sum, to_sum, kRowSlack);
     if (wants_grad)
-      compare(c, "tile", tile, to_tile, kElementSlack);
+      compare(c, "delta", delta, to_delta, kElementSlack);
     else
-      compare(c, "tile", tile, untouched, untouched, 0);
+      compare(c, "delta", delta, delta_before, delta_before, 0);
+    if (!in_place) compare(c, "products", products, products_before, products_before, 0);
   }
 }
 
