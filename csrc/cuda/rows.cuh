@@ -85,23 +85,34 @@ __device__ __forceinline__ R sum_over_row(R v) {
   return v;
 }
 
-// The largest block, and the registers that its threads may have.
+// The largest block, and the registers that its threads may have: Op::kRegisters if it says so.
 template <class Op>
 constexpr int block_of() {
   return Op::kSums > 0 ? kWideBlock : kBlock;
 }
 template <class Op>
-constexpr int registers_of() {
-  if constexpr (requires { Op::kRegisters; }) return Op::kRegisters;
+constexpr auto registers_of(int) -> decltype(Op::kRegisters) {
+  return Op::kRegisters;
+}
+template <class Op>
+constexpr int registers_of(...) {
   return sizeof(typename Op::Element) == 8 ? 128 : 64;  // double is there for gradient checks
 }
+
+// What a row needs beside its elements, once the first of these are on their way: Op::prepare if there is one.
+template <class Op>
+__device__ __forceinline__ auto prepare_row(const Op& op, typename Op::Row& row, int) -> decltype(op.prepare(row)) {
+  op.prepare(row);
+}
+template <class Op>
+__device__ __forceinline__ void prepare_row(const Op&, typename Op::Row&, ...) {}
 
 // Block (threads that share a row, rows); grid (rows, segments of a row). `segment` and the loops count chunks. Where
 // `parts` is there, it takes the sums of segments, [kSums, rows, gridDim.y].
 // What the memory has on its way is what the resident threads have asked for, so the launch bounds ask for many of
 // them.
 template <class Op>
-__global__ void __launch_bounds__(block_of<Op>(), 65536 / (block_of<Op>() * registers_of<Op>()))
+__global__ void __launch_bounds__(block_of<Op>(), 65536 / (block_of<Op>() * registers_of<Op>(0)))
     rows_kernel(const Op op, int64_t rows, int64_t cols, int64_t segment, Real<typename Op::Element>* parts) {
   constexpr int N = kChunk<typename Op::Element>;
   const int64_t chunks = (cols + N - 1) / N;
@@ -123,7 +134,7 @@ __global__ void __launch_bounds__(block_of<Op>(), 65536 / (block_of<Op>() * regi
         int64_t chunk = first + threadIdx.x;
         if (chunk >= last) continue;
         typename Op::Input next = op.load(row, chunk * N, elements(chunk));
-        if constexpr (requires { op.prepare(row); }) op.prepare(row);
+        prepare_row(op, row, 0);
         while (chunk < last) {  // the next chunk is on its way while this one is worked on
           const typename Op::Input input = next;
           const int64_t current = chunk;

@@ -77,16 +77,20 @@ enum cudaError_t {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
-constexpr unsigned cudaStreamNonBlocking = 1;
+constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
 
 namespace emulation {
 using Launches = std::vector<std::function<void()>>;
 struct Stream {
-  bool captured = false;
-  Launches launches;
+  bool captured = false, aside = false;
+  Launches launches;  // captured, or waiting
+};
+struct Event {
+  Stream* origin = nullptr;
 };
 }  // namespace emulation
 using cudaStream_t = emulation::Stream*;
+using cudaEvent_t = emulation::Event*;
 using cudaGraph_t = emulation::Launches*;
 using cudaGraphExec_t = emulation::Launches*;
 
@@ -338,7 +342,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                     ... copies = std::decay_t<Parameters>(arguments)] {
     emulation::run_grid(grid, threads, bytes, [&] { kernel(copies...); });
   };
-  if (config->stream && config->stream->captured) {
+  if (config->stream && (config->stream->captured || config->stream->aside)) {
     config->stream->launches.push_back(run);
   } else {
     run();
@@ -391,6 +395,39 @@ inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
 
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
   for (const auto& run : *executable) run();
+  return cudaSuccess;
+}
+
+// A stream does what it is told at once. One that has waited for another's event, to work beside it, does so as late as
+// it may: when somebody waits for an event of its own.
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new emulation::Event;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event->origin = stream;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (!event->origin || !event->origin->aside) {
+    stream->aside = true;
+    return cudaSuccess;
+  }
+  for (auto& run : event->origin->launches) {
+    if (stream && stream->captured) {
+      stream->launches.push_back(std::move(run));
+    } else {
+      run();
+    }
+  }
+  event->origin->launches.clear();
   return cudaSuccess;
 }
 

@@ -53,7 +53,12 @@ Schedule::Schedule(const Network& network, const Objective& objective, const Opt
 
 Schedule::~Schedule() {
   for (auto& [count, graph] : graphs_) cudaGraphExecDestroy(graph);
-  if (capture_stream_) cudaStreamDestroy(capture_stream_);
+  for (cudaStream_t stream : {capture_stream_, aside_}) {
+    if (stream) cudaStreamDestroy(stream);
+  }
+  for (cudaEvent_t event : {read_, updated_}) {
+    if (event) cudaEventDestroy(event);
+  }
 }
 
 // Every buffer begins at a multiple of 256 bytes of one allocation, which has a part for every model.
@@ -168,9 +173,12 @@ int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
   };
   launches_ = 0;
   int error = 0;
+  bool joined = false;
   const auto go = [&](const auto& args, Way way, int per_latent = 0) {
     way.weights_settled = launches_++ > 0;  // the first comes right after an update
     way.per_latent = per_latent;
+    if (joined) way.overlap = false;  // the launch ahead is not the only one to wait for
+    joined = false;
     if (!error) error = launch(args, way);
   };
   // See Way. Of a single model all latents are its own.
@@ -204,6 +212,11 @@ int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
                    heads.weight_parts, parameter(heads, 1), parameter(heads, 3), heads.out, heads.stride, z_, eps_,
                    z_stride_, z_parts_, kl_parts_, kl_stride_},
      encoder_way);
+  // The decoder's hidden layers write what the update of the step before may still be reading.
+  if (forked_) {
+    if (!error) error = join(stream);
+    joined = true;
+  }
   const float* dream_z = wake_sleep ? dream_z_ + offset * most_size_ * z_stride_ : nullptr;
   if (wake_sleep) {  // before the decoder is wanted with z, whose activations the update reads
     const Parts dreamed = forward(decoder_, rows_from(dream_z_parts_, offset * most_size_), decoder_way);
@@ -217,6 +230,18 @@ int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
                    ll_parts_, ll_stride_},
      decoder_way, per_latent(output));
   backward(decoder_, decoder_way);
+  // Nobody reads the weights of the decoder's later layers again in this step: they are updated beside what follows.
+  const bool forks = !wake_sleep && decoder_.size() > 1;
+  if (forks) {
+    Way aside = decoder_way;
+    aside.stream = aside_;
+    aside.overlap = false;
+    if (!error) error = cudaEventRecord(read_, stream);
+    if (!error) error = cudaStreamWaitEvent(aside_, read_, 0);
+    if (!error) error = launch_update(offset, x_parts, true, false, aside);
+    if (!error) error = cudaEventRecord(updated_, aside_);
+    forked_ = true;
+  }
   if (wake_sleep) {
     const Parts seen = forward(encoder_, dream_x_parts_, encoder_way);
     go(Recognise{at, network_.logvar_scale, heads.ins, heads.outs, seen, heads.weight_parts, parameter(heads, 1),
@@ -229,12 +254,19 @@ int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
        encoder_way);
   }
   backward(encoder_, encoder_way);
-  if (!error) error = launch_update(offset, wake_sleep ? dream_x_parts_ : x_parts, decoder_way);
+  if (!error) error = launch_update(offset, wake_sleep ? dream_x_parts_ : x_parts, !forks, true, decoder_way);
   return error;
 }
 
-// `x`: what the encoder's first layer took
-int Schedule::launch_update(int64_t offset, const Parts& x, const Way& way) {
+// The stream waits for the decoder's update.
+int Schedule::join(cudaStream_t stream) {
+  forked_ = false;
+  return cudaStreamWaitEvent(stream, updated_, 0);
+}
+
+// `x`: what the encoder's first layer took. Of the encoder and the decoder's first layer; of the decoder's other
+// layers.
+int Schedule::launch_update(int64_t offset, const Parts& x, bool of_decoder, bool of_encoder, const Way& way) {
   Update update = {};
   update.now = now(offset);
   update.rule = rule_of(optimizer_);
@@ -269,14 +301,15 @@ int Schedule::launch_update(int64_t offset, const Parts& x, const Way& way) {
         part.weight[i] = trained(2 * i);
         part.bias[i] = trained(2 * i + 1);
       }
-      layers.push_back(part);
+      const bool later = !encoder && &layer != &decoder_.front();
+      if (later ? of_decoder : of_encoder) layers.push_back(part);
       in = layer.out_parts;
     }
   }
   for (size_t begin = 0; begin < layers.size(); begin += kMostLayers) {
     update.layers = static_cast<int>(std::min(layers.size() - begin, size_t{kMostLayers}));
     std::copy_n(layers.begin() + static_cast<std::ptrdiff_t>(begin), update.layers, update.layer);
-    update.terms = begin == 0 ? terms_ : nullptr;
+    update.terms = begin == 0 && of_encoder ? terms_ : nullptr;
     ++launches_;
     if (int error = launch(update, way)) return error;
   }
@@ -291,6 +324,9 @@ int Schedule::launch_steps(int64_t count, cudaStream_t stream) {
   if (int error = launch(prepare, stream)) return error;
   for (int64_t offset = 0; offset < count; ++offset) {
     if (int error = launch_step(offset, stream)) return error;
+  }
+  if (forked_) {
+    if (int error = join(stream)) return error;
   }
   return advance(cursor_, now(0), count, stream);
 }
@@ -378,6 +414,13 @@ int Schedule::load(const std::vector<Steps>& steps, int64_t begin, int64_t count
 
 int Schedule::run(const std::vector<Steps>& steps, float* terms, cudaStream_t stream) {
   const int64_t n_steps = steps[0].count;
+  if (!aside_) {
+    cudaError_t error = cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking);
+    for (cudaEvent_t* event : {&read_, &updated_}) {
+      if (!error) error = cudaEventCreateWithFlags(event, cudaEventDisableTiming);
+    }
+    if (error) return error;
+  }
   if (int error = exchange(true, stream)) return error;
   if (int error = split_weights(stream)) return error;  // somebody else may have changed them
   for (int64_t begin = 0; begin < n_steps; begin += most_steps_) {

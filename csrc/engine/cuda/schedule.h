@@ -94,7 +94,8 @@ class Schedule {
   Now now(int64_t offset) const;
   int launch_steps(int64_t count, cudaStream_t stream);
   int launch_step(int64_t offset, cudaStream_t stream);
-  int launch_update(int64_t offset, const Parts& x, const Way& way);
+  int launch_update(int64_t offset, const Parts& x, bool of_decoder, bool of_encoder, const Way& way);
+  int join(cudaStream_t stream);
   int graph_of(int64_t count, cudaGraphExec_t& graph);
   int split_weights(cudaStream_t stream);
 
@@ -123,7 +124,10 @@ class Schedule {
   std::vector<Start> starts_;  // of each model's next steps
   std::vector<Buffer> buffers_;
 
-  bool warm_ = false;  // whether any step has been launched
+  bool warm_ = false;    // whether any step has been launched
+  bool forked_ = false;  // whether the decoder's update is under way on aside_
+  cudaStream_t aside_ = nullptr;
+  cudaEvent_t read_ = nullptr, updated_ = nullptr;  // the decoder's weights
   cudaStream_t capture_stream_ = nullptr;
   std::map<int64_t, cudaGraphExec_t> graphs_;  // by number of steps
 };
