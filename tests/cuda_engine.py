@@ -89,7 +89,8 @@ class Description(ctypes.Structure):
         *((name, INT) for name in ("accumulate_steps", "data_dtype", "dynamic", "data_rows", "data_bytes")),
         ("scale", REAL),
         ("data", POINTER),
-        *((name, INT) for name in ("most_size", "most_steps", "multiprocessors", "n_models", "n_parameters")),
+        *((name, INT) for name in ("most_size", "most_steps", "multiprocessors", "shared_bytes")),
+        *((name, INT) for name in ("n_models", "n_parameters")),
         *((name, POINTER) for name in ("latents", "betas", "lrs", "counts", "parameters")),
     )
 
@@ -131,6 +132,7 @@ class EmulatedEngine:
         most_size: int,
         most_steps: int,
         multiprocessors: int,
+        shared_bytes: int,
     ) -> None:
         self._library = library
         self.shapes = [[parameter.shape for parameter in model.parameters] for model in models]
@@ -165,6 +167,7 @@ class EmulatedEngine:
             most_size=most_size,
             most_steps=most_steps,
             multiprocessors=multiprocessors,
+            shared_bytes=shared_bytes,
             n_models=len(models),
             n_parameters=len(flat) // len(models),
             latents=latents.ctypes.data,

@@ -274,7 +274,7 @@ class Twin:
         return Launch(
             f"update {out}",
             (outs, ins, count),
-            TILES["Medium"],
+            TILES["Updates"],
             lambda r, k: memory[grad][k, r].T,
             lambda c, k: memory[source][k, c].T,
             epilogue,

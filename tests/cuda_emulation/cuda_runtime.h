@@ -77,20 +77,16 @@ enum cudaError_t {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
-constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
+constexpr unsigned cudaStreamNonBlocking = 1;
 
 namespace emulation {
 using Launches = std::vector<std::function<void()>>;
 struct Stream {
-  bool captured = false, aside = false;
-  Launches launches;  // captured, or waiting
-};
-struct Event {
-  Stream* origin = nullptr;
+  bool captured = false;
+  Launches launches;
 };
 }  // namespace emulation
 using cudaStream_t = emulation::Stream*;
-using cudaEvent_t = emulation::Event*;
 using cudaGraph_t = emulation::Launches*;
 using cudaGraphExec_t = emulation::Launches*;
 
@@ -342,7 +338,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                     ... copies = std::decay_t<Parameters>(arguments)] {
     emulation::run_grid(grid, threads, bytes, [&] { kernel(copies...); });
   };
-  if (config->stream && (config->stream->captured || config->stream->aside)) {
+  if (config->stream && config->stream->captured) {
     config->stream->launches.push_back(run);
   } else {
     run();
@@ -350,9 +346,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
+namespace emulation {
+
+inline size_t& most_shared_bytes() {
+  static size_t instance = 99 * 1024;  // what the smallest of the architectures has
+  return instance;
+}
+
+}  // namespace emulation
+
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, size_t bytes) {
-  return bytes <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // what the smallest of the architectures has
+  return bytes <= emulation::most_shared_bytes() ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
@@ -395,39 +400,6 @@ inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
 
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
   for (const auto& run : *executable) run();
-  return cudaSuccess;
-}
-
-// A stream does what it is told at once. One that has waited for another's event, to work beside it, does so as late as
-// it may: when somebody waits for an event of its own.
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = new emulation::Event;
-  return cudaSuccess;
-}
-
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  delete event;
-  return cudaSuccess;
-}
-
-inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  event->origin = stream;
-  return cudaSuccess;
-}
-
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (!event->origin || !event->origin->aside) {
-    stream->aside = true;
-    return cudaSuccess;
-  }
-  for (auto& run : event->origin->launches) {
-    if (stream && stream->captured) {
-      stream->launches.push_back(std::move(run));
-    } else {
-      run();
-    }
-  }
-  event->origin->launches.clear();
   return cudaSuccess;
 }
 

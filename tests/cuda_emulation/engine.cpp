@@ -41,7 +41,7 @@ struct Description {
   int64_t data_dtype, dynamic, data_rows, data_bytes;
   double scale;
   const void* data;
-  int64_t most_size, most_steps, multiprocessors;
+  int64_t most_size, most_steps, multiprocessors, shared_bytes;
   int64_t n_models, n_parameters;
   const int64_t* latents;          // of each model
   const double *betas, *lrs;       // of each model
@@ -87,20 +87,16 @@ void* engine_create(const Description* d) {
     }
     engine->models.push_back(model);
   }
+  emulation::most_shared_bytes() = static_cast<size_t>(d->shared_bytes);
   engine->schedule = new Schedule(network, objective, optimizer, data, static_cast<Precision>(d->precision),
                                   engine->models, d->most_size, d->most_steps,
-                                  Gpu{static_cast<int>(d->multiprocessors), false}, [engine](size_t bytes) {
+                                  Gpu{static_cast<int>(d->multiprocessors), static_cast<int>(d->shared_bytes), false},
+                                  [engine](size_t bytes) {
+                                    // What nobody has written is NaN.
                                     engine->workspace = on_device<char>(nullptr, static_cast<int64_t>(bytes));
-                                    std::memset(engine->workspace, 0, bytes);
+                                    std::memset(engine->workspace, 0xff, bytes);
                                     return engine->workspace;
                                   });
-  // What nobody has written is NaN: all but the padding of Parts, which is zero.
-  for (const Buffer& buffer : engine->schedule->buffers()) {
-    for (int64_t m = 0; m < d->n_models; ++m) {
-      char* of_model = reinterpret_cast<char*>(buffer.values) + m * engine->schedule->model_bytes();
-      std::memset(of_model, 0xff, static_cast<size_t>(buffer.rows * buffer.stride) * sizeof(float));
-    }
-  }
   return engine;
 }
 

@@ -585,11 +585,11 @@ void test(const Case& c, BernoulliTile) {
       to_sum.set(r, row);
     }
     const Values products_before = products.values, delta_before = delta.values;
-    launched(c, cuda::launch(BernoulliTile{c.dtype, c.x_dtype, c.rows, c.cols, first_row, c.x_rows, c.cols + gap,
-                                           wants_sum, wants_grad, x.pointer(), bias.pointer(),
-                                           with_grad ? grad.pointer() : nullptr, sum.pointer(), products.pointer(),
-                                           delta.pointer()},
-                             nullptr, workspace));
+    launched(
+        c, cuda::launch(BernoulliTile{c.dtype, c.x_dtype, c.rows, c.cols, first_row, c.x_rows, c.cols + gap, wants_sum,
+                                      wants_grad, x.pointer(), bias.pointer(), with_grad ? grad.pointer() : nullptr,
+                                      sum.pointer(), products.pointer(), delta.pointer()},
+                        nullptr, workspace));
     if (wants_sum) compare(c, "log_likelihood", sum, to_sum, kRowSlack);
     if (wants_grad)
       compare(c, "delta", delta, to_delta, kElementSlack);

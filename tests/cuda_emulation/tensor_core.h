@@ -24,15 +24,18 @@ inline float truncated(double sum) {
   return std::fabs(static_cast<double>(nearest)) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
 }
 
-// Of what one lane holds in a register: its element k of two
-inline double element(uint32_t bits, int k) { return __uint_as_float(k == 0 ? bits << 16 : bits & 0xffff0000u); }
+// Of what one lane holds in a register: its element k of kElements
+inline double element(TF32, uint32_t bits, int) { return __uint_as_float(bits & ~0x1fffu); }
+inline double element(BF16, uint32_t bits, int k) { return __uint_as_float(k == 0 ? bits << 16 : bits & 0xffff0000u); }
+inline int elements(TF32) { return 1; }
+inline int elements(BF16) { return 2; }
 
 constexpr int kMostRegisters = 64;
 
 }  // namespace emulated
 
-template <int M, int N>
-void multiply_add(float (&c)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2]) {
+template <class Format, int M, int N>
+void multiply_add(Format format, float (&c)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2]) {
   using namespace emulated;
   static_assert(4 * M + 2 * N <= kMostRegisters);
   static uint32_t registers[emulation::kMaxThreads / emulation::kWarp][2][emulation::kWarp][kMostRegisters];
@@ -42,7 +45,7 @@ void multiply_add(float (&c)[M][N][4], const uint32_t (&a)[M][4], const uint32_t
   auto& held = registers[thread / emulation::kWarp][warp.generation % 2];
   std::memcpy(held[lane], a, sizeof a);
   std::memcpy(held[lane] + 4 * M, b, sizeof b);
-  emulation::meet(warp, lane, 0);
+  emulation::meet(warp, lane, static_cast<uint64_t>(elements(format)));
   const int g = lane / 4, t = lane % 4;
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; ++n) {
@@ -54,7 +57,7 @@ void multiply_add(float (&c)[M][N][4], const uint32_t (&a)[M][4], const uint32_t
           for (int half = 0; half < 2; ++half) {
             const uint32_t left = held[4 * g + owner][4 * m + row + 2 * half];
             const uint32_t right = held[4 * col + owner][4 * M + 2 * n + half];
-            for (int k = 0; k < 2; ++k) sum += element(left, k) * element(right, k);
+            for (int k = 0; k < elements(format); ++k) sum += element(format, left, k) * element(format, right, k);
           }
         }
         c[m][n][i] = truncated(sum);
@@ -63,29 +66,12 @@ void multiply_add(float (&c)[M][N][4], const uint32_t (&a)[M][4], const uint32_t
   }
 }
 
-template <bool kTransposed>
-void load_matrices(uint32_t (&four)[4], const uint16_t* row) {
-  const int thread = emulation::linear_thread(), lane = thread % emulation::kWarp;
-  emulation::Meeting& warp = emulation::block().warps[thread / emulation::kWarp];
-  if (warp.members != emulation::kWarp) emulation::stop("a load of matrices without all lanes of a warp");
-  check_alignment(row, 16);
-  const uint64_t* places = emulation::meet(warp, lane, reinterpret_cast<uint64_t>(row));
-  const int g = lane / 4, t = lane % 4;
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    const auto element = [&](int i, int j) {
-      return uint32_t{reinterpret_cast<const uint16_t*>(places[8 * matrix + i])[j]};
-    };
-    four[matrix] =
-        kTransposed ? element(2 * t, g) | element(2 * t + 1, g) << 16 : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
-  }
-}
-
 namespace emulated {
 
 struct Copy {
-  void* to;
-  const void* from;
-  bool valid;
+  float* to;
+  const float* from;
+  int valid;
 };
 struct Copies {
   std::vector<Copy> open;
@@ -98,9 +84,9 @@ inline Copies& copies() {
 
 }  // namespace emulated
 
-inline void copy_async(void* to, const void* from, bool valid) {
-  check_alignment(to, 16);
-  check_alignment(from, 16);
+inline void copy_async(float* to, const float* from, int valid, bool aligned) {
+  check_alignment(to, aligned ? 16 : 4);
+  if (aligned) check_alignment(from, 16);
   emulated::copies().open.push_back({to, from, valid});
 }
 
@@ -114,7 +100,7 @@ void wait_for_copies() {
   auto& groups = emulated::copies().groups;
   while (groups.size() > static_cast<size_t>(kGroups)) {
     for (const emulated::Copy& copy : groups.front()) {
-      copy.valid ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+      for (int i = 0; i < 4; ++i) copy.to[i] = i < copy.valid ? copy.from[i] : 0.0f;
     }
     groups.erase(groups.begin());
   }
@@ -128,12 +114,6 @@ inline void read_four(const float* from, float (&v)[4]) {
 inline void write_four(float* to, const float (&v)[4]) {
   check_alignment(to, 16);
   std::memcpy(to, v, sizeof v);
-}
-
-template <size_t kWords>
-void write_words(uint16_t* to, const uint32_t (&words)[kWords]) {
-  check_alignment(to, sizeof words);
-  std::memcpy(to, words, sizeof words);
 }
 
 // Launches of the emulated device do not overlap.

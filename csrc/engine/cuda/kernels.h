@@ -40,12 +40,9 @@ struct Own {
   float beta;
 };
 
-// A matrix as tensor cores take it: a float is the sum of three bfloat16 numbers, hi, mid and lo, each what the ones
-// before leave of it, rounded to nearest. A row is groups of 16 columns; a group is 16 hi, 16 mid, 16 lo: 96 bytes.
-// What of the last group is beyond the columns is zero, and stays so.
-struct Parts {
-  uint16_t* values;
-  int64_t stride;  // numbers from a row to the next
+struct MatrixOf {  // see Matrix in product.cuh; second is null where nothing is paired
+  const float *first, *second;
+  int64_t stride;
 };
 
 // A weight [out, in] or a bias [out], and its optimizer's state
@@ -58,6 +55,7 @@ struct Way {
   Precision precision;
   int64_t most_rows;  // of any step, for the grid
   int multiprocessors;
+  int64_t shared_bytes;  // that a block can have
   cudaStream_t stream;
   // Whether it may begin before the launch ahead of it has ended: it then waits by itself, and what it can do without
   // is done by then.
@@ -80,38 +78,27 @@ struct Prepare {
   int64_t width;
   float* x;  // [count, most_size, x_stride]
   int64_t x_stride;
-  Parts x_parts;
   Optimizer optimizer;     // but for its lr
   const int64_t* updates;  // [1]: how many updates the parameters had before the cursor was 0
   StepFactors* factors;    // [count]
   float* dream_z;          // [count, most_size, z_stride], z' ~ p(z) of each step of wake_sleep; or null
   int64_t z_stride;
-  Parts dream_z_parts;
 };
 int launch(const Prepare& args, cudaStream_t stream);
 
-// The parts of the weights of a layer, or with `second` of two, whose rows alternate.
-struct SplitWeights {
-  Now now;
-  int64_t outs, ins;  // outs: twice a layer's with `second`
-  const float *first, *second;
-  Parts parts;  // [outs, ins]
-};
-int launch(const SplitWeights& args, cudaStream_t stream);
-
 // out = act(in weight^T + bias), rows [B] or, with `samples`, [L B]
-//   100 x 784 -> 500: 78 MFLOP in six terms 0.5 us of the tensor cores' peak; 2.8 MB read, of which the weight is 2.4;
-//   from the L2, by 112 blocks of 16 x 32, 25 MB, about 4 us.
+//   100 x 784 -> 500: 78 MFLOP in three terms 0.5 us of the tensor cores' peak; 2 MB read, of which the weight is 1.6;
+//   from the L2, by 64 blocks of 32 x 32, 12.8 MB, about 2.3 us.
 struct HiddenForward {
   Now now;
   int64_t samples;  // rows are samples x B: 1 in the encoder
   int64_t ins, outs;
-  Parts in, weight;   // [rows, ins], [outs, ins]
-  const float* bias;  // [outs]
+  const float* in;  // [rows, in_stride]
+  int64_t in_stride;
+  const float *weight, *bias;  // [outs, ins], [outs]
   Activation activation;
   float* out;  // [rows, out_stride]
   int64_t out_stride;
-  Parts out_parts;
 };
 int launch(const HiddenForward& args, const Way& way);
 
@@ -123,13 +110,13 @@ struct LatentForward {
   Estimator estimator;
   float logvar_scale;
   int64_t samples, ins, latents;
-  Parts in, weight;  // [B, ins], [2 latents, ins]: rows of mu_0, logvar_0, mu_1, ...
-  const float *bias_mu, *bias_logvar;
+  const float* in;  // [B, in_stride]
+  int64_t in_stride;
+  const float *weight_mu, *bias_mu, *weight_logvar, *bias_logvar;
   float* heads;  // [B, heads_stride]: mu_0, logvar_0, mu_1, ...
   int64_t heads_stride;
   float *z, *eps;  // [L B, z_stride] each
   int64_t z_stride;
-  Parts z_parts;
   float* kl_parts;  // [parts of columns, parts_stride >= B]
   int64_t parts_stride;
 };
@@ -140,11 +127,11 @@ struct DreamForward {
   Now now;
   Likelihood likelihood;
   int64_t ins, features;
-  Parts in, weight;                 // [B, ins], [features or 2 features, ins]
-  const float *bias, *bias_logvar;  // the latter of a Gaussian
-  float* x;                         // [B, x_stride]
+  const float* in;  // [B, in_stride]
+  int64_t in_stride;
+  const float *weight, *bias, *weight_logvar, *bias_logvar;  // the latter two of a Gaussian
+  float* x;                                                  // [B, x_stride]
   int64_t x_stride;
-  Parts x_parts;
 };
 int launch(const DreamForward& args, const Way& way);
 
@@ -153,13 +140,13 @@ struct Recognise {
   Now now;
   float logvar_scale;
   int64_t ins, latents;
-  Parts in, weight;  // as in LatentForward
-  const float *bias_mu, *bias_logvar;
+  const float* in;  // [B, in_stride]
+  int64_t in_stride;
+  const float *weight_mu, *bias_mu, *weight_logvar, *bias_logvar;
   const float* z;  // [B, z_stride]
   int64_t z_stride;
   float* grad_heads;  // [B, heads_stride]
   int64_t heads_stride;
-  Parts grad_heads_parts;
 };
 int launch(const Recognise& args, const Way& way);
 
@@ -170,13 +157,13 @@ struct OutputForward {
   Now now;
   Likelihood likelihood;
   int64_t samples, ins, features;
-  Parts in, weight;                 // [L B, ins], [features or 2 features, ins]
-  const float *bias, *bias_logvar;  // the latter of a Gaussian
-  const float* x;                   // [B, x_stride]
+  const float* in;  // [L B, in_stride]
+  int64_t in_stride;
+  const float *weight, *bias, *weight_logvar, *bias_logvar;  // the latter two of a Gaussian
+  const float* x;                                            // [B, x_stride]
   int64_t x_stride;
   float* grad;  // [L B, grad_stride]
   int64_t grad_stride;
-  Parts grad_parts;
   float* ll_parts;  // [parts of columns, parts_stride >= L B]
   int64_t parts_stride;
 };
@@ -186,12 +173,13 @@ int launch(const OutputForward& args, const Way& way);
 struct HiddenBackward {
   Now now;
   int64_t samples, outs, ins;
-  Parts grad, weight;  // [rows, outs], [outs, ins]
+  const float* grad;  // [rows, grad_stride]
+  int64_t grad_stride;
+  MatrixOf weight;  // [outs, ins]; paired where grad is
   Activation activation;
   const float* in;  // [rows, in_stride]
   int64_t in_stride;
   float* grad_in;  // [rows, in_stride]
-  Parts grad_in_parts;
 };
 int launch(const HiddenBackward& args, const Way& way);
 
@@ -204,13 +192,14 @@ struct LatentBackward {
   Estimator estimator;
   float logvar_scale;
   int64_t samples, outs, latents;
-  Parts grad, weight;  // [L B, outs], [outs, latents]
+  const float* grad;  // [L B, grad_stride]
+  int64_t grad_stride;
+  MatrixOf weight;     // [outs, latents]
   const float* heads;  // [B, heads_stride]
   int64_t heads_stride;
   const float *z, *eps;  // [L B, z_stride]
   int64_t z_stride;
   float* grad_heads;  // [B, heads_stride]
-  Parts grad_heads_parts;
 };
 int launch(const LatentBackward& args, const Way& way);
 
@@ -218,8 +207,10 @@ int launch(const LatentBackward& args, const Way& way);
 struct UpdateLayer {
   int64_t samples;    // of the rows of grad and in
   int64_t outs, ins;  // outs as in grad: twice a layer's with paired
-  Parts grad, in;     // [rows, outs], [rows, ins]
-  Parts parts;        // of the weights, [outs, ins]
+  const float* grad;  // [rows, grad_stride]
+  int64_t grad_stride;
+  const float* in;  // [rows, in_stride]
+  int64_t in_stride;
   bool paired;
   float logvar_scale;  // every second output's grad is so many times the gradient in its bias
   Trained weight[2], bias[2];
@@ -228,8 +219,8 @@ struct UpdateLayer {
 // Every weight and bias of up to kMostLayers layers, in place: the gradient -1/(B L) grad^T in (in the encoder -1/B),
 // plus weight_prior times the weight, goes from registers into the optimizer. In the same launch, with `terms`, the
 // step's (elbo, log_likelihood, kl), from the parts that the forward kernels left.
-//   the paper's model with Adagrad: 224 tiles of 64 x 64; 13 MB of parameters and state read and written and 5 MB of
-//   parts written, 4.2 us at 4.3 TB/s, less where they stay in the L2.
+//   the paper's model with Adagrad: 224 tiles of 64 x 64; 13 MB of parameters and state read and written, 3.0 us at
+//   4.3 TB/s, less where they stay in the L2.
 constexpr int kMostLayers = 12;
 struct Update {
   Now now;

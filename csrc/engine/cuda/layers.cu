@@ -21,7 +21,7 @@ namespace {
 template <class Epilogue>
 struct Product {
   Now now;
-  Parts a, b;
+  Matrix a, b;
   int64_t samples, cols, ks;
   Epilogue epilogue;
   int per_latent = 0;      // see Way
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Epilogue::kAddsSamples ? 1 : 
   const Here here(p.now);
   Epilogue epilogue = p.epilogue;
   epilogue.move(here);
-  const Parts a = here.of_model(p.a), b = here.of_model(p.b);
+  const Matrix a = here.of_model(p.a), b = here.of_model(p.b);
   const int64_t rows = Epilogue::kAddsSamples ? here.size : here.size * p.samples;
   const int64_t ks = p.per_latent ? p.per_latent * here.own().latents : p.ks;
   const TileOf tile{static_cast<int64_t>(blockIdx.y) * Shape::kRows, static_cast<int64_t>(blockIdx.x) * Shape::kCols,
@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Epilogue::kAddsSamples ? 1 : 
     const auto after_wait = [&] {
       if (kEarly && !p.b_settled) fetch(place(0), state[0]);
     };
-    multiply_tile<kPrecision, Shape, true, kBByRow>(memory, a, b, sample * rows, tile, p.b_settled, false, after_wait);
+    multiply_tile<kPrecision, Shape, true, kBByRow>(memory, a, b, sample * rows, tile, p.b_settled, after_wait,
+                                                    [](const float*) {});
     if constexpr (Epilogue::kAddsSamples) {
 #pragma unroll
       for (int i = 0; i < Shape::kQuads; ++i) {
@@ -137,9 +138,8 @@ struct ActivateHidden {
   Activation activation;
   float* out;
   int64_t stride;
-  Parts out_parts;
 
-  __device__ __forceinline__ void move(const Here& here) { here.move(bias, out, out_parts.values); }
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias, out); }
 
   __device__ __forceinline__ void fetch(const Here&, State& s, int64_t, int64_t col) const {
     read_some(bias, col, cols, s.bias);
@@ -152,7 +152,6 @@ struct ActivateHidden {
       s.value[i] = activation == Activation::tanh ? tanh_by_exponent(a) : relu(a);
     }
     write_four(out + row * stride + col, s.value);
-    write_parts(out_parts, row, col, s.value);
     return 0.0f;
   }
 };
@@ -172,12 +171,11 @@ struct DrawLatents {
   int64_t heads_stride;
   float *z, *eps;
   int64_t z_stride;
-  Parts z_parts;
   float* parts;
   int64_t parts_stride;
 
   __device__ __forceinline__ void move(const Here& here) {
-    here.move(bias_mu, bias_logvar, seeds, heads, z, eps, z_parts.values, parts);
+    here.move(bias_mu, bias_logvar, seeds, heads, z, eps, parts);
   }
 
   __device__ __forceinline__ float noise(const Here& here, int64_t r, int64_t j) const {
@@ -192,30 +190,25 @@ struct DrawLatents {
   }
 
   __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
-    float kl = 0.0f, sampled = 0.0f;
+    float kl = 0.0f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (col / 2 + i >= latents) break;
-      s.value[2 * i] += s.bias.mean[i];
-      s.value[2 * i + 1] = logvar_scale * s.value[2 * i + 1] + s.bias.logvar[i];
-      if (estimator == Estimator::sgvb_b) kl += gaussian_kl(s.value[2 * i], s.value[2 * i + 1]);
-    }
-    for (int64_t l = 0; l < samples; ++l) {
-      const int64_t r = l * here.size + row;
-      float drawn[2] = {};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t j = col / 2 + i;
-        if (j >= latents) break;
-        const float mu = s.value[2 * i], logvar = s.value[2 * i + 1], e = l == 0 ? s.eps[i] : noise(here, r, j);
-        drawn[i] = reparameterize(mu, logvar, e);
-        z[r * z_stride + j] = drawn[i];
+      const int64_t j = col / 2 + i;
+      if (j >= latents) break;
+      const float mu = s.value[2 * i] += s.bias.mean[i];
+      const float logvar = s.value[2 * i + 1] = logvar_scale * s.value[2 * i + 1] + s.bias.logvar[i];
+      if (estimator == Estimator::sgvb_b) kl += gaussian_kl(mu, logvar);
+      float sampled = 0.0f;
+      for (int64_t l = 0; l < samples; ++l) {
+        const int64_t r = l * here.size + row;
+        const float e = l == 0 ? s.eps[i] : noise(here, r, j);
+        const float drawn = reparameterize(mu, logvar, e);
+        z[r * z_stride + j] = drawn;
         eps[r * z_stride + j] = e;
-        sampled += 0.5f * (drawn[i] * drawn[i] - e * e - logvar);  // log q(z|x) - log p(z)
+        sampled += 0.5f * (drawn * drawn - e * e - logvar);  // log q(z|x) - log p(z)
       }
-      write_parts(z_parts, r, col / 2, drawn);
+      if (estimator != Estimator::sgvb_b) kl += sampled / static_cast<float>(samples);
     }
-    if (estimator != Estimator::sgvb_b) kl += sampled / static_cast<float>(samples);
     write_four(heads + row * heads_stride + col, s.value);
     return kl;
   }
@@ -235,11 +228,8 @@ struct RecogniseDream {
   int64_t z_stride;
   float* grad_heads;
   int64_t heads_stride;
-  Parts grad_heads_parts;
 
-  __device__ __forceinline__ void move(const Here& here) {
-    here.move(bias_mu, bias_logvar, z, grad_heads, grad_heads_parts.values);
-  }
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias_mu, bias_logvar, z, grad_heads); }
 
   __device__ __forceinline__ void fetch(const Here&, State& s, int64_t row, int64_t col) const {
     s.bias.read(bias_mu, bias_logvar, col / 2, latents);
@@ -259,7 +249,6 @@ struct RecogniseDream {
       s.value[2 * i + 1] = j < own_latents ? logvar_scale * residual.grad_logvar() : 0.0f;
     }
     write_four(grad_heads + row * heads_stride + col, s.value);
-    write_parts(grad_heads_parts, row, col, s.value);
     return 0.0f;
   }
 };
@@ -275,9 +264,8 @@ struct DreamBernoulli {
   const int64_t* seeds;
   float* x;
   int64_t x_stride;
-  Parts x_parts;
 
-  __device__ __forceinline__ void move(const Here& here) { here.move(bias, seeds, x, x_parts.values); }
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias, seeds, x); }
 
   __device__ __forceinline__ void fetch(const Here&, State& s, int64_t, int64_t col) const {
     read_some(bias, col, cols, s.bias);
@@ -291,7 +279,6 @@ struct DreamBernoulli {
       s.value[i] = bernoulli_draw(seed, row * cols + col + i, sigmoid(s.value[i] + s.bias[i]));
     }
     write_four(x + row * x_stride + col, s.value);
-    write_parts(x_parts, row, col, s.value);
     return 0.0f;
   }
 };
@@ -308,11 +295,8 @@ struct DreamGaussian {  // columns are mean_0, logvar_0, mean_1, ...
   const int64_t* seeds;
   float* x;
   int64_t x_stride;
-  Parts x_parts;
 
-  __device__ __forceinline__ void move(const Here& here) {
-    here.move(bias_mean, bias_logvar, seeds, x, x_parts.values);
-  }
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias_mean, bias_logvar, seeds, x); }
 
   __device__ __forceinline__ void fetch(const Here&, State& s, int64_t, int64_t col) const {
     s.bias.read(bias_mean, bias_logvar, col / 2, features);
@@ -320,17 +304,14 @@ struct DreamGaussian {  // columns are mean_0, logvar_0, mean_1, ...
 
   __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
     const int64_t seed = substream(seeds[2 * here.step], kDreamOfX);
-    float drawn[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t d = col / 2 + i;
       if (d >= features) break;
       const float linear = s.value[2 * i] + s.bias.mean[i], logvar = s.value[2 * i + 1] + s.bias.logvar[i];
       const float mean = sigmoid_mean ? sigmoid(linear) : linear;
-      drawn[i] = reparameterize(mean, logvar, philox_normal(seed, row * features + d));
-      x[row * x_stride + d] = drawn[i];
+      x[row * x_stride + d] = reparameterize(mean, logvar, philox_normal(seed, row * features + d));
     }
-    write_parts(x_parts, row, col / 2, drawn);
     return 0.0f;
   }
 };
@@ -346,11 +327,10 @@ struct BernoulliOutput {
   int64_t x_stride;
   float* grad;
   int64_t grad_stride;
-  Parts grad_parts;
   float* parts;
   int64_t parts_stride;
 
-  __device__ __forceinline__ void move(const Here& here) { here.move(bias, x, grad, grad_parts.values, parts); }
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias, x, grad, parts); }
 
   __device__ __forceinline__ void fetch(const Here& here, State& s, int64_t row, int64_t col) const {
     read_some(bias, col, cols, s.bias);
@@ -367,7 +347,6 @@ struct BernoulliOutput {
       s.value[i] = bernoulli_grad_logit(logit, s.target[i], odds);
     }
     write_four(grad + row * grad_stride + col, s.value);
-    write_parts(grad_parts, row, col, s.value);
     return sum.log_likelihood();
   }
 };
@@ -385,13 +364,10 @@ struct GaussianOutput {  // columns are mean_0, logvar_0, mean_1, ...
   int64_t x_stride;
   float* grad;
   int64_t grad_stride;
-  Parts grad_parts;
   float* parts;
   int64_t parts_stride;
 
-  __device__ __forceinline__ void move(const Here& here) {
-    here.move(bias_mean, bias_logvar, x, grad, grad_parts.values, parts);
-  }
+  __device__ __forceinline__ void move(const Here& here) { here.move(bias_mean, bias_logvar, x, grad, parts); }
 
   __device__ __forceinline__ void fetch(const Here& here, State& s, int64_t row, int64_t col) const {
     s.bias.read(bias_mean, bias_logvar, col / 2, features);
@@ -417,7 +393,6 @@ struct GaussianOutput {  // columns are mean_0, logvar_0, mean_1, ...
       s.value[2 * i + 1] = residual.grad_logvar();
     }
     write_four(grad + row * grad_stride + col, s.value);
-    write_parts(grad_parts, row, col, s.value);
     return log_likelihood;
   }
 };
@@ -431,9 +406,8 @@ struct DeriveHidden {
   const float* in;
   float* grad_in;
   int64_t stride;
-  Parts grad_in_parts;
 
-  __device__ __forceinline__ void move(const Here& here) { here.move(in, grad_in, grad_in_parts.values); }
+  __device__ __forceinline__ void move(const Here& here) { here.move(in, grad_in); }
 
   __device__ __forceinline__ void fetch(const Here&, State& s, int64_t row, int64_t col) const {
     read_four(in + row * stride + col, s.in);
@@ -449,7 +423,6 @@ struct DeriveHidden {
       }
     }
     write_four(grad_in + row * stride + col, s.value);
-    write_parts(grad_in_parts, row, col, s.value);
     return 0.0f;
   }
 };
@@ -469,11 +442,8 @@ struct DeriveLatents {
   const float *z, *eps;
   int64_t z_stride;
   float* grad_heads;
-  Parts grad_heads_parts;
 
-  __device__ __forceinline__ void move(const Here& here) {
-    here.move(heads, z, eps, grad_heads, grad_heads_parts.values);
-  }
+  __device__ __forceinline__ void move(const Here& here) { here.move(heads, z, eps, grad_heads); }
 
   __device__ __forceinline__ void fetch(const Here&, State& s, int64_t row, int64_t col) const {
     read_four(eps + row * z_stride + col, s.eps);
@@ -499,7 +469,6 @@ struct DeriveLatents {
   __device__ __forceinline__ float finish(const Here& here, State& s, int64_t row, int64_t col) const {
     const float mean = 1.0f / static_cast<float>(samples), beta = here.own().beta;
     const int64_t own_latents = here.own().latents;
-    float grad[2][4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (col + i >= latents) break;
@@ -512,26 +481,24 @@ struct DeriveLatents {
         grad_logvar += col + i < own_latents ? 0.5f * beta : 0.0f;
       }
       const int64_t at = row * heads_stride + 2 * (col + i);
-      grad_heads[at] = grad[i / 2][i % 2 * 2] = grad_mu;
-      grad_heads[at + 1] = grad[i / 2][i % 2 * 2 + 1] = logvar_scale * grad_logvar;
+      grad_heads[at] = grad_mu;
+      grad_heads[at + 1] = logvar_scale * grad_logvar;
     }
-    write_parts(grad_heads_parts, row, 2 * col, grad[0]);
-    write_parts(grad_heads_parts, row, 2 * col + 4, grad[1]);
     return 0.0f;
   }
 };
 
 // --- the launches ----------------------------------------------------------------------------------------------------
 
-// Whether one model has enough tiles for most multiprocessors
+// Whether there are enough tiles of `models` models for most multiprocessors
 template <class Shape>
-bool fills(int64_t cols, const Way& way) {
-  return 4 * ceil_div(way.most_rows, Shape::kRows) * ceil_div(cols, Shape::kCols) >= 3 * way.multiprocessors;
+bool fills(int64_t models, int64_t cols, const Way& way) {
+  return 4 * models * ceil_div(way.most_rows, Shape::kRows) * ceil_div(cols, Shape::kCols) >= 3 * way.multiprocessors;
 }
 
 template <Precision kPrecision, class Shape, bool kBByRow, class Epilogue>
 int launch_shape(Product<Epilogue> product, const Way& way) {
-  constexpr size_t kBytes = TileMemory<kPrecision, Shape, true, kBByRow>::kBytes;
+  constexpr size_t kBytes = TileMemory<Shape, true, kBByRow>::kBytes;
   const auto kernel = product_kernel<kPrecision, Shape, kBByRow, Epilogue>;
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
     return error;
@@ -553,12 +520,23 @@ int launch_product(const Product<Epilogue>& p, const Way& way) {
                                            : launch_shape<Precision::fast, Shape, kBByRow>(p, way);
 }
 
-// Products as wide as the latents are narrow always, lest padding change the order of a sum.
+// Products as wide as the latents are narrow always, lest padding change them.
+template <bool kBByRow, class Epilogue>
+int launch_narrow(const Product<Epilogue>& p, const Way& way) {
+  if (static_cast<int64_t>(TileMemory<Narrow, true, kBByRow>::kBytes) > way.shared_bytes) {
+    return launch_product<Medium, kBByRow>(p, way);
+  }
+  return launch_product<Narrow, kBByRow>(p, way);
+}
+
+// The order of a sum goes by one model's size, so that a model's bits are the same alone and among others.
 template <bool kBByRow, class Epilogue>
 int launch_product(const Product<Epilogue>& p, const Way& way) {
-  if (fills<Wide>(p.cols, way)) return launch_product<Wide, kBByRow>(p, way);
-  if (fills<Medium>(p.cols, way)) return launch_product<Medium, kBByRow>(p, way);
-  return launch_product<Narrow, kBByRow>(p, way);
+  if (fills<Wide>(1, p.cols, way)) return launch_product<Wide, kBByRow>(p, way);
+  if (fills<Medium>(1, p.cols, way)) return launch_product<Medium, kBByRow>(p, way);
+  const bool narrow = static_cast<int64_t>(TileMemory<Narrow, true, kBByRow>::kBytes) <= way.shared_bytes;
+  if (narrow && fills<Broad>(p.now.models, p.cols, way)) return launch_product<Broad, kBByRow>(p, way);
+  return launch_narrow<kBByRow>(p, way);
 }
 
 }  // namespace
@@ -566,67 +544,84 @@ int launch_product(const Product<Epilogue>& p, const Way& way) {
 int64_t column_parts(int64_t cols) { return ceil_div(cols, kPartCols); }
 
 int launch(const HiddenForward& args, const Way& way) {
-  const ActivateHidden epilogue{args.bias, args.outs, args.activation, args.out, args.out_stride, args.out_parts};
+  const ActivateHidden epilogue{args.bias, args.outs, args.activation, args.out, args.out_stride};
   return launch_product<true>(
-      Product<ActivateHidden>{args.now, args.in, args.weight, args.samples, args.outs, args.ins, epilogue}, way);
+      Product<ActivateHidden>{args.now, matrix_of(args.in, args.in_stride), matrix_of(args.weight, args.ins),
+                              args.samples, args.outs, args.ins, epilogue},
+      way);
 }
 
 int launch(const LatentForward& args, const Way& way) {
-  const DrawLatents epilogue{args.bias_mu,   args.bias_logvar,  args.samples, args.latents,      args.now.seeds,
-                             args.estimator, args.logvar_scale, args.heads,   args.heads_stride, args.z,
-                             args.eps,       args.z_stride,     args.z_parts, args.kl_parts,     args.parts_stride};
-  return launch_product<Narrow, true>(
-      Product<DrawLatents>{args.now, args.in, args.weight, 1, 2 * args.latents, args.ins, epilogue}, way);
+  const DrawLatents epilogue{args.bias_mu,   args.bias_logvar,  args.samples,  args.latents,      args.now.seeds,
+                             args.estimator, args.logvar_scale, args.heads,    args.heads_stride, args.z,
+                             args.eps,       args.z_stride,     args.kl_parts, args.parts_stride};
+  return launch_narrow<true>(Product<DrawLatents>{args.now, matrix_of(args.in, args.in_stride),
+                                                  matrix_of(args.weight_mu, args.ins, args.weight_logvar), 1,
+                                                  2 * args.latents, args.ins, epilogue},
+                             way);
 }
 
 int launch(const Recognise& args, const Way& way) {
-  const RecogniseDream epilogue{args.bias_mu,  args.bias_logvar, args.latents,      args.logvar_scale,    args.z,
-                                args.z_stride, args.grad_heads,  args.heads_stride, args.grad_heads_parts};
-  return launch_product<Narrow, true>(
-      Product<RecogniseDream>{args.now, args.in, args.weight, 1, 2 * args.latents, args.ins, epilogue}, way);
+  const RecogniseDream epilogue{args.bias_mu, args.bias_logvar, args.latents,    args.logvar_scale,
+                                args.z,       args.z_stride,    args.grad_heads, args.heads_stride};
+  return launch_narrow<true>(Product<RecogniseDream>{args.now, matrix_of(args.in, args.in_stride),
+                                                     matrix_of(args.weight_mu, args.ins, args.weight_logvar), 1,
+                                                     2 * args.latents, args.ins, epilogue},
+                             way);
 }
 
 int launch(const DreamForward& args, const Way& way) {
+  const Matrix in = matrix_of(args.in, args.in_stride);
   if (args.likelihood == Likelihood::bernoulli) {
-    const DreamBernoulli epilogue{args.bias, args.features, args.now.seeds, args.x, args.x_stride, args.x_parts};
+    const DreamBernoulli epilogue{args.bias, args.features, args.now.seeds, args.x, args.x_stride};
     return launch_product<true>(
-        Product<DreamBernoulli>{args.now, args.in, args.weight, 1, args.features, args.ins, epilogue}, way);
+        Product<DreamBernoulli>{args.now, in, matrix_of(args.weight, args.ins), 1, args.features, args.ins, epilogue},
+        way);
   }
   const bool sigmoid_mean = args.likelihood == Likelihood::gaussian_sigmoid_mean;
   const DreamGaussian epilogue{args.bias,      args.bias_logvar, args.features, sigmoid_mean,
-                               args.now.seeds, args.x,           args.x_stride, args.x_parts};
-  return launch_product<true>(
-      Product<DreamGaussian>{args.now, args.in, args.weight, 1, 2 * args.features, args.ins, epilogue}, way);
+                               args.now.seeds, args.x,           args.x_stride};
+  return launch_product<true>(Product<DreamGaussian>{args.now, in, matrix_of(args.weight, args.ins, args.weight_logvar),
+                                                     1, 2 * args.features, args.ins, epilogue},
+                              way);
 }
 
 int launch(const OutputForward& args, const Way& way) {
+  const Matrix in = matrix_of(args.in, args.in_stride);
   if (args.likelihood == Likelihood::bernoulli) {
-    const BernoulliOutput epilogue{args.bias,        args.features,   args.x,        args.x_stride,    args.grad,
-                                   args.grad_stride, args.grad_parts, args.ll_parts, args.parts_stride};
-    return launch_product<true>(
-        Product<BernoulliOutput>{args.now, args.in, args.weight, args.samples, args.features, args.ins, epilogue}, way);
+    const BernoulliOutput epilogue{args.bias, args.features,    args.x,        args.x_stride,
+                                   args.grad, args.grad_stride, args.ll_parts, args.parts_stride};
+    return launch_product<true>(Product<BernoulliOutput>{args.now, in, matrix_of(args.weight, args.ins), args.samples,
+                                                         args.features, args.ins, epilogue},
+                                way);
   }
   const bool sigmoid_mean = args.likelihood == Likelihood::gaussian_sigmoid_mean;
-  const GaussianOutput epilogue{args.bias,       args.bias_logvar, args.features,    sigmoid_mean,
-                                args.x,          args.x_stride,    args.grad,        args.grad_stride,
-                                args.grad_parts, args.ll_parts,    args.parts_stride};
+  const GaussianOutput epilogue{args.bias,     args.bias_logvar, args.features,    sigmoid_mean,  args.x,
+                                args.x_stride, args.grad,        args.grad_stride, args.ll_parts, args.parts_stride};
   return launch_product<true>(
-      Product<GaussianOutput>{args.now, args.in, args.weight, args.samples, 2 * args.features, args.ins, epilogue},
+      Product<GaussianOutput>{args.now, in, matrix_of(args.weight, args.ins, args.weight_logvar), args.samples,
+                              2 * args.features, args.ins, epilogue},
       way);
 }
 
 int launch(const HiddenBackward& args, const Way& way) {
-  const DeriveHidden epilogue{args.activation, args.in, args.grad_in, args.in_stride, args.grad_in_parts};
+  const DeriveHidden epilogue{args.activation, args.in, args.grad_in, args.in_stride};
   return launch_product<false>(
-      Product<DeriveHidden>{args.now, args.grad, args.weight, args.samples, args.ins, args.outs, epilogue}, way);
+      Product<DeriveHidden>{args.now, matrix_of(args.grad, args.grad_stride),
+                            matrix_of(args.weight.first, args.weight.stride, args.weight.second), args.samples,
+                            args.ins, args.outs, epilogue},
+      way);
 }
 
 int launch(const LatentBackward& args, const Way& way) {
-  const DeriveLatents epilogue{
-      args.estimator, args.logvar_scale, args.samples,  args.latents,    args.heads,           args.heads_stride,
-      args.z,         args.eps,          args.z_stride, args.grad_heads, args.grad_heads_parts};
-  return launch_product<Narrow, false>(
-      Product<DeriveLatents>{args.now, args.grad, args.weight, args.samples, args.latents, args.outs, epilogue}, way);
+  const DeriveLatents epilogue{args.estimator, args.logvar_scale, args.samples, args.latents,
+                               args.heads,     args.heads_stride, args.z,       args.eps,
+                               args.z_stride,  args.grad_heads};
+  return launch_narrow<false>(
+      Product<DeriveLatents>{args.now, matrix_of(args.grad, args.grad_stride),
+                             matrix_of(args.weight.first, args.weight.stride, args.weight.second), args.samples,
+                             args.latents, args.outs, epilogue},
+      way);
 }
 
 }  // namespace engine

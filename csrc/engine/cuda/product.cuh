@@ -1,16 +1,17 @@
 // The product of two matrices that every layer is made of, C[m, n] = sum_k A[m, k] B[n, k], on tensor cores, in one
-// block's tile of C. What is done with C is the caller's affair (layers.cu, update.cu).
+// block's tile of C. What is done with C is the caller's affair (layers.cuh, update.cuh).
 //
-// `exact`: an operand lies in memory in three bfloat16 parts, which together are the float (kernels.h, Parts), and C
-// takes the six products of parts that are above 2^-24 of the whole: hi hi, hi mid, mid hi, hi lo, lo hi, mid mid. The
+// Operands are float in global memory. Pieces of the k indices go to shared memory by copies that do not wait, kStages
+// pieces under way at a time. The k indices are cut into kSlices slices. Where a block's warps walk all slices at once,
+// each slice has warps of its own: at a batch of 100 there are few tiles, and sharing k inside the block makes each of
+// them quick. Elsewhere the warps walk one slice after another.
+//
+// `exact`: each operand is split, a = hi + lo with TF32 parts of 11 bits each, and C takes lo hi + hi lo + hi hi. The
 // range is that of float, so there is nothing to check. Tensor cores truncate as they add up: they add up over 16 k
-// only, whose sum is then added to C by ordinary float additions, which round to nearest. `fast`: hi hi alone. Whoever
-// writes an operand splits it, once; nobody who reads it does.
+// only, whose sum is then added to C by ordinary float additions, which round to nearest. `fast`: operands rounded to
+// bfloat16, one product.
 //
-// Pieces of kSpan k indices go to shared memory by copies that do not wait, kStages of them under way at a time. The
-// warps of a block share a tile by rows, columns and, kWarpsK of them, by k: at a batch of 100 there are few tiles, and
-// sharing k inside the block makes each of them quick. A sum has one order, fixed by kWarpsK alone: a warp adds up
-// every kWarpsK-th 16 k, and then the warps are added up.
+// A sum has one order, fixed by the lengths and kSlices alone: k inside a fragment, fragments inside a slice, slices.
 #pragma once
 
 #include "kernels.h"
@@ -20,35 +21,54 @@ namespace vae_fast {
 namespace engine {
 
 constexpr int kWarp = 32;
-constexpr int kStep = 16;  // k indices that a warp multiplies at a time; and columns of a group of Parts
-constexpr int kParts = 3;
-constexpr int kGroup = kParts * kStep;  // of a group, bfloat16 numbers
+constexpr int kStep = 16;  // k indices that a warp multiplies at a time
 
-template <int kRows_, int kCols_, int kSpan_, int kWarpsM_, int kWarpsN_, int kWarpsK_, int kStages_, int kBlocks_>
+template <int kRows_, int kCols_, int kDepth_, int kWarpsM_, int kWarpsN_, int kWarpsK_, int kSlices_, int kStages_,
+          int kBlocks_>
 struct TileShape {
   static constexpr int kRows = kRows_, kCols = kCols_;
-  static constexpr int kSpan = kSpan_;  // k indices of a stage
-  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_, kStages = kStages_;
+  static constexpr int kDepth = kDepth_;  // of a stage, in each slice that is walked
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
+  static constexpr int kSlices = kSlices_, kStages = kStages_;
   static constexpr int kBlocks = kBlocks_;  // of a multiprocessor, at least
   static constexpr int kThreads = kWarp * kWarpsM * kWarpsN * kWarpsK;
   static constexpr int kWarpRows = kRows / kWarpsM, kWarpCols = kCols / kWarpsN;
   static constexpr int kFragmentsM = kWarpRows / 16, kFragmentsN = kWarpCols / 8;
-  static constexpr int kSumStride = kCols + 4;  // of C in shared memory; in column kCols, sums of A's rows
-  // Of a thread, when C is handed out in fours
-  static constexpr int kQuads = (kRows * kCols / 4 + kThreads - 1) / kThreads;
-  static_assert(kWarpRows % 16 == 0 && kWarpCols % 16 == 0 && kSpan % (kStep * kWarpsK) == 0);
+  static constexpr int kSpan = kWarpsK * kDepth;  // k indices in a stage
+  static constexpr int kQuads =
+      (kRows * kCols / 4 + kThreads - 1) / kThreads;  // of a thread, when C is handed out in fours
+  static constexpr int kSumStride = kCols + 4;
+  static_assert(kWarpRows % 16 == 0 && kWarpCols % 8 == 0 && kDepth % kStep == 0);
+  static_assert(kWarpsK == 1 || (kWarpsK == kSlices && kDepth == kStep));
   static_assert(kCols / 4 <= kWarp && kThreads % (kCols / 4) == 0);
 };
 
-// The tile shapes. A product takes Wide or else Medium where there are enough of them to fill the GPU, and else Narrow,
-// whatever is beside it: a model's bits are the same alone and among others. Of each two fit into a multiprocessor, and
-// one into the 99 KB that are all that sm_86, sm_89 and sm_120 have.
-//                    rows cols span  warps m n k  stages blocks   shared memory
-using Narrow = TileShape<16, 32, 96, 1, 2, 6, 3, 2>;  //           88,320 bytes; batch 100, 500 wide: 112 blocks
-using Medium = TileShape<64, 64, 32, 2, 2, 2, 3, 2>;  //           79,872 bytes; updates 76,800
-using Wide = TileShape<128, 64, 32, 4, 2, 1, 2, 2>;   //           79,872 bytes
+// The tile shapes. A product takes Wide or else Medium where there are enough of them to fill the GPU, and else Narrow;
+// Broad is for many models, in place of Narrow, whose sums' order it has; Updates are the gradients of weights. sm_86,
+// sm_89 and sm_120 have 99 KB of shared memory, so Medium is their Narrow.
+//                    rows cols depth  warps m n k  slices  stages  blocks   shared memory
+using Narrow = TileShape<16, 32, 16, 1, 1, 8, 8, 4, 2>;   //       104,448 bytes; batch 100, 500 wide: 112 blocks
+using Medium = TileShape<64, 64, 16, 2, 2, 2, 2, 4, 2>;   //        81,920 bytes
+using Wide = TileShape<128, 64, 32, 4, 2, 1, 1, 3, 2>;    //        92,160 bytes
+using Broad = TileShape<128, 64, 32, 4, 2, 1, 8, 3, 1>;   //        92,160 bytes
+using Updates = TileShape<64, 64, 16, 2, 2, 2, 2, 5, 2>;  //        87,040 bytes; all of a minibatch of 128 is under way
+static_assert(Broad::kSlices == Narrow::kSlices);
 
 constexpr int kPartCols = 32;  // what is added up over columns is so over so many, whatever the tile
+
+// A matrix of float in global memory. With `paired`, row r is row r / 2 of first or, for odd r, of second: mu and
+// logvar of a latent, or of a feature, then stand side by side in the product, in one thread.
+struct Matrix {
+  const float *first, *second;
+  int64_t stride;  // floats from a row to the next
+  bool paired;
+  bool aligned;  // every row begins at a multiple of 16 bytes
+
+  __device__ __forceinline__ const float* row(int64_t r) const {
+    if (!paired) return first + r * stride;
+    return (r & 1 ? second : first) + (r >> 1) * stride;
+  }
+};
 
 // What a block knows of the step: which model it does, that model's B, and where among all steps it is.
 struct Here {
@@ -68,8 +88,8 @@ struct Here {
   __device__ __forceinline__ T* of_model(T* p) const {
     return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes));
   }
-  __device__ __forceinline__ Parts of_model(Parts m) const {
-    move(m.values);
+  __device__ __forceinline__ Matrix of_model(Matrix m) const {
+    move(m.first, m.second);
     return m;
   }
   template <class... T>
@@ -77,6 +97,15 @@ struct Here {
     ((pointers = of_model(pointers)), ...);
   }
 };
+
+inline bool on_sixteen_bytes(const void* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 4 == 0;
+}
+
+inline Matrix matrix_of(const float* first, int64_t stride, const float* second = nullptr) {
+  return {first, second, stride, second != nullptr,
+          on_sixteen_bytes(first, stride) && on_sixteen_bytes(second, stride)};
+}
 
 template <class Args>
 int launch_kernel(cudaLaunchConfig_t config, void (*kernel)(Args), const Args& args, bool overlap) {
@@ -93,177 +122,198 @@ int launch_kernel(cudaLaunchConfig_t config, void (*kernel)(Args), const Args& a
   return cudaGetLastError();
 }
 
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Neighbours of a row into their parts: what one has left over when it is rounded is the next, exactly. kCount is 2 or
-// 4, and `col` a multiple of it.
-template <int kCount>
-__device__ __forceinline__ void write_parts(const Parts& to, int64_t row, int64_t col, const float (&v)[kCount]) {
-  uint16_t* at = to.values + row * to.stride + col / kStep * kGroup + col % kStep;
-  float rest[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) rest[i] = v[i];
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    uint32_t packed[kCount / 2];
-#pragma unroll
-    for (int i = 0; i < kCount; i += 2) {
-      packed[i / 2] = pack_bf16(rest[i], rest[i + 1]);
-      rest[i] -= __uint_as_float(packed[i / 2] << 16);
-      rest[i + 1] -= __uint_as_float(packed[i / 2] & 0xffff0000u);
-    }
-    write_words(at + part * kStep, packed);
+// How the k indices are cut: slice i has those from i * slice on, `slice` of them, in whole steps.
+template <class Shape>
+struct Cut {
+  int steps, steps_of_slice, pieces;  // a piece fills a stage
+
+  __device__ __forceinline__ explicit Cut(int64_t ks) {
+    steps = static_cast<int>((ks + kStep - 1) / kStep);
+    steps_of_slice = (steps + Shape::kSlices - 1) / Shape::kSlices;
+    constexpr int kStepsOfPiece = Shape::kDepth / kStep;
+    pieces = Shape::kWarpsK > 1 ? steps_of_slice : (steps + kStepsOfPiece - 1) / kStepsOfPiece;
   }
-}
+};
 
-// An operand's piece in shared memory: the groups of Parts of kLines lines as they lie in global memory, a line being a
-// row of the operand (kByRow), or else one k for all rows. The padding makes a line an odd number of 16 bytes, so that
-// eight lines lie in different banks.
+// An operand's piece in shared memory: kLines lines of kWidth floats, a line being a row of the operand (kByRow), or
+// else one k for all rows. The padding keeps the lanes of a warp that read fragments out of each other's banks.
 //
-// An object of this type is what a thread copies of each piece: kUnits times 16 bytes of every kPass-th line.
-template <Precision kPrecision, class Shape, int kRows, bool kByRow>
+// An object of this type is what a thread copies of each piece: fours of lines that lie kPass lines apart, the same
+// fours of every piece. Addresses move on by the same number of floats from four to four, and from piece to piece.
+template <class Shape, int kRows, bool kByRow>
 class Operand {
  public:
-  static constexpr int kLines = kByRow ? kRows : Shape::kSpan, kGroups = (kByRow ? Shape::kSpan : kRows) / kStep;
-  static constexpr int kPitch = kGroups * kGroup + 8, kSize = kLines * kPitch;  // bfloat16 numbers
-  static_assert(kPitch / 8 % 2 == 1);
+  static constexpr int kLines = kByRow ? kRows : Shape::kSpan, kWidth = kByRow ? Shape::kSpan : kRows;
+  static constexpr int kStride = kWidth + (kByRow ? 8 : 4), kFloats = kLines * kStride;
+  static_assert(kByRow ? kStride % 32 == 8 : kStride % 16 == 4);
 
   // `first_row`: of the tile; rows at or beyond `rows`, and k beyond `ks`, are zeros.
-  __device__ __forceinline__ Operand(const Parts& m, int64_t first_row, int64_t rows, int64_t ks) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes, line = static_cast<int>(threadIdx.x) / kLanes;
-    constexpr bool kWhole = kPrecision == Precision::exact;
-    const int offset = kWhole ? lane * 8 : lane / 2 * kGroup + lane % 2 * 8;  // of 16 bytes; of `fast`, of hi alone
-    const int first = kWhole ? lane : lane / 2;
-    to_ = line * kPitch + offset;
-    const int64_t across = ceil_div(kByRow ? ks : rows, kStep) - (kByRow ? 0 : first_row / kStep);
-    units_left_ = static_cast<int>(across < kMost ? across : kMost) * (kWhole ? 2 * kParts : 1) - first;
-    next_lines_ = kPass * static_cast<int>(m.stride);
+  __device__ __forceinline__ Operand(const Matrix& m, const Cut<Shape>& cut, int64_t first_row, int64_t rows,
+                                     int64_t ks)
+      : aligned_(m.aligned) {
+    const int line = static_cast<int>(threadIdx.x) / kFours, element = static_cast<int>(threadIdx.x) % kFours * 4;
+    to_ = line * kStride + element;
+    const int64_t slice = int64_t{cut.steps_of_slice} * kStep;
+    const int in_k = kByRow ? element : line;
+    const int64_t k = Shape::kWarpsK > 1 ? in_k / Shape::kDepth * slice + in_k % Shape::kDepth : in_k;
+    k_left_ = static_cast<int>(ks - k);
     if constexpr (kByRow) {
-      from_ = m.values + (first_row + line) * m.stride + offset;
-      lines_left_ = static_cast<int>(rows - first_row < kRows ? rows - first_row : kRows) - line;
-      next_piece_ = kGroups * kGroup;
+      const int64_t row = first_row + line;
+      from_ = m.row(row) + k;
+      next_four_ = kPass * static_cast<int>(m.stride) >> (m.paired ? 1 : 0);
+      rows_left_ = static_cast<int>(rows - row < kRows ? rows - row : kRows);
     } else {
-      from_ = m.values + line * m.stride + first_row / kStep * kGroup + offset;
-      lines_left_ = static_cast<int>(ks) - line;
-      next_piece_ = Shape::kSpan * static_cast<int>(m.stride);
+      const int64_t row = first_row + element;
+      k_pass_ = Shape::kWarpsK > 1 ? kPass / Shape::kDepth * static_cast<int>(slice) : kPass;
+      from_ = m.row(k) + row;
+      next_four_ = k_pass_ * static_cast<int>(m.stride) >> (m.paired ? 1 : 0);
+      next_piece_ = Shape::kDepth * static_cast<int>(m.stride) >> (m.paired ? 1 : 0);
+      rows_left_ = static_cast<int>(rows - row < 4 ? (rows - row < 0 ? 0 : rows - row) : 4);
     }
   }
 
   // Starts to copy the next piece to a stage.
-  __device__ __forceinline__ void load(uint16_t* stage) {
-    const uint16_t* from = from_;
-    uint16_t* to = stage + to_;
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      if (kLines % kPass == 0 || static_cast<int>(threadIdx.x) / kLanes + i * kPass < kLines) {
-#pragma unroll
-        for (int j = 0; j < kUnits; ++j) {
-          const bool valid = i * kPass < lines_left_ && j * kLanes < units_left_;
-          copy_async(to + j * kLanes * 8, from + j * kLanes * 8, valid);
-        }
-      }
-      from += next_lines_;
-      to += kPass * kPitch;
-    }
-    from_ += next_piece_;
-    if constexpr (kByRow) {
-      units_left_ -= kGroups * (kPrecision == Precision::exact ? 2 * kParts : 1);
+  __device__ __forceinline__ void load(float* stage) {
+    if (aligned_) {
+      load_fours<true>(stage);
     } else {
-      lines_left_ -= Shape::kSpan;
+      load_fours<false>(stage);
     }
+    from_ += kByRow ? Shape::kDepth : next_piece_;
+    k_left_ -= Shape::kDepth;
   }
 
-  // Where the lane's row of four 8 x 8 matrices begins, of 16 rows from `row` on and 16 k: those of rows 0 to 7, then
-  // of 8 to 15, and then both again for k from 8 on; or, with kColumns, first by k and then by rows.
-  template <bool kColumns>
-  static __device__ __forceinline__ int place(int row) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, matrix = lane / 8;
-    const int down = (kColumns ? matrix / 2 : matrix % 2) * 8, right = (kColumns ? matrix % 2 : matrix / 2) * 8;
-    if constexpr (kByRow) return (row + down + lane % 8) * kPitch + right;
-    return (right + lane % 8) * kPitch + row / kStep * kGroup + down;
+  // Elements k and k + 1 of a row, k even and counted within the stage
+  static __device__ __forceinline__ float2 pair(const float* stage, int row, int k) {
+    if constexpr (kByRow) {
+      return *reinterpret_cast<const float2*>(stage + row * kStride + k);
+    } else {
+      float2 two;
+      two.x = stage[k * kStride + row];
+      two.y = stage[(k + 1) * kStride + row];
+      return two;
+    }
   }
-  static constexpr int kNextStep = kByRow ? kGroup : kStep * kPitch;  // from 16 k to the next
-  static constexpr int kNextRows = kByRow ? kStep * kPitch : kGroup;  // from 16 rows to the next
 
  private:
-  static constexpr int kUnits = kPrecision == Precision::exact ? kParts : 1;
-  static constexpr int kLanes = 2 * kGroups, kPass = Shape::kThreads / kLanes, kSlots = (kLines + kPass - 1) / kPass;
-  static constexpr int64_t kMost = 1 << 26;
-  static_assert(Shape::kThreads % kLanes == 0 && (kLines % kPass == 0 || kSlots == 1));
+  template <bool kAligned>
+  __device__ __forceinline__ void load_fours(float* stage) const {
+    const float* from = from_;
+    float* to = stage + to_;
+    const int valid_k = k_left_ < 0 ? 0 : k_left_ < 4 ? k_left_ : 4;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int valid = kByRow ? (i * kPass < rows_left_ ? valid_k : 0) : (i * k_pass_ < k_left_ ? rows_left_ : 0);
+      copy_async(to, from, valid, kAligned);
+      from += next_four_;
+      to += kPass * kStride;
+    }
+  }
 
-  const uint16_t* from_;
-  int next_lines_, next_piece_;
-  int to_, units_left_, lines_left_;
+  static constexpr int kFours = kWidth / 4, kPass = Shape::kThreads / kFours, kSlots = kLines / kPass;
+  static_assert(kFours * kPass == Shape::kThreads && kSlots * kPass == kLines);
+  static_assert(kPass % 2 == 0 && (kByRow || Shape::kWarpsK == 1 || kPass % Shape::kDepth == 0));
+
+  const float* from_;
+  int next_four_, next_piece_ = 0;  // floats
+  int to_, k_left_, rows_left_, k_pass_ = 0;
+  bool aligned_;
 };
 
-template <int M, int N>
-__device__ __forceinline__ void add(float (&to)[M][N][4], int m, const float (&more)[1][N][4]) {
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[m][n][i] += more[0][n][i];
-  }
+// hi has 11 bits, nearest, ties away from zero; of lo, which is exact, the tensor cores read 11 bits. hi of a NaN may
+// be any number, but lo is NaN then.
+__device__ __forceinline__ void split(float value, uint32_t& high, uint32_t& low) {
+  high = (__float_as_uint(value) + 0x1000u) & 0xffffe000u;
+  low = __float_as_uint(value - __uint_as_float(high));
 }
 
-// What kStep indices of k give to a warp's part of C, and to the sums of its rows of A. a, b: the lane's places.
-template <Precision kPrecision, class Shape, class A, class B, bool kAByRow, bool kBByRow>
-__device__ __forceinline__ void add_step(float (&c)[Shape::kFragmentsM][Shape::kFragmentsN][4],
-                                         float (&row_sums)[Shape::kFragmentsM][1][4], bool wants_row_sums,
-                                         const uint16_t* a, const uint16_t* b) {
-  constexpr int M = Shape::kFragmentsM, N = Shape::kFragmentsN;
-  constexpr int kHeld = kPrecision == Precision::exact ? kParts : 1;
-  // The products, by parts of A and of B, the smallest first; and in which sum. A product waits for the one before it
-  // in its sum, so that where a warp has few fragments there are several sums.
-  constexpr int kProducts = kPrecision == Precision::exact ? 6 : 1;
-  constexpr int kSums = kProducts > 1 && M * N <= 4 ? 3 : 1;
-  constexpr int kOfA[6] = {kHeld - 1, 0, 1, 1, 0, 0}, kOfB[6] = {0, kHeld - 1, 1, 0, 1, 0};
-  constexpr int kSumOf[6] = {0, 1 % kSums, 2 % kSums, 0, 1 % kSums, 2 % kSums};
-  uint32_t b_parts[kHeld][N][2];
-#pragma unroll
-  for (int part = 0; part < kHeld; ++part) {
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      uint32_t four[4];
-      load_matrices<!kBByRow>(four, b + n / 2 * B::kNextRows + part * kStep);
-      b_parts[part][n][0] = four[0];
-      b_parts[part][n][1] = four[1];
-      b_parts[part][n + 1][0] = four[2];
-      b_parts[part][n + 1][1] = four[3];
-    }
-  }
+template <int M, int N>
+__device__ __forceinline__ void clear(float (&c)[M][N][4]) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    uint32_t a_parts[kHeld][1][4];
 #pragma unroll
-    for (int part = 0; part < kHeld; ++part) {
-      load_matrices<!kAByRow>(a_parts[part][0], a + m * A::kNextRows + part * kStep);
-    }
-    float sums[kSums][1][N][4] = {};
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
-    for (int i = 0; i < kProducts; ++i) multiply_add(sums[kSumOf[i]], a_parts[kOfA[i]], b_parts[kOfB[i]]);
-    if constexpr (kSums == 3) {
-      add(sums[0], 0, sums[1]);
-      add(sums[2], 0, sums[0]);
-    }
-    add(c, m, sums[kSums - 1]);
-    if (wants_row_sums) {
-      const uint32_t ones[1][2] = {{0x3f803f80u, 0x3f803f80u}};
-      float of_rows[1][1][4] = {};
-#pragma unroll
-      for (int part = kHeld - 1; part >= 0; --part) multiply_add(of_rows, a_parts[part], ones);
-      add(row_sums, m, of_rows);
+      for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
     }
   }
 }
 
-template <Precision kPrecision, class Shape, bool kAByRow, bool kBByRow>
+template <int M, int N>
+__device__ __forceinline__ void add(float (&to)[M][N][4], const float (&more)[M][N][4]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[m][n][i] += more[m][n][i];
+    }
+  }
+}
+
+// What kStep indices of k from `at` on give to a warp's part of C. Index 2t of k is TF32's t, index 2t + 1 its t + 4.
+template <Precision kPrecision, class Shape, class A, class B>
+__device__ __forceinline__ void add_step(float (&c)[Shape::kFragmentsM][Shape::kFragmentsN][4], const float* a_stage,
+                                         const float* b_stage, int first_row, int first_col, int at) {
+  constexpr int M = Shape::kFragmentsM, N = Shape::kFragmentsN;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4;
+  at += lane % 4 * 2;
+  if constexpr (kPrecision == Precision::fast) {
+    uint32_t a[M][4], b[N][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        const float2 upper = A::pair(a_stage, first_row + 16 * m + g, at + 8 * half);
+        const float2 lower = A::pair(a_stage, first_row + 16 * m + g + 8, at + 8 * half);
+        a[m][2 * half] = pack_bf16(upper.x, upper.y);
+        a[m][2 * half + 1] = pack_bf16(lower.x, lower.y);
+      }
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const float2 two = B::pair(b_stage, first_col + 8 * n + g, at + 8 * half);
+        b[n][half] = pack_bf16(two.x, two.y);
+      }
+    }
+    multiply_add(BF16{}, c, a, b);
+  } else {
+    float sum[M][N][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t a[2][M][4], b[2][N][2];  // high and low
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        const float2 upper = A::pair(a_stage, first_row + 16 * m + g, at + 8 * half);
+        const float2 lower = A::pair(a_stage, first_row + 16 * m + g + 8, at + 8 * half);
+        split(upper.x, a[0][m][0], a[1][m][0]);
+        split(lower.x, a[0][m][1], a[1][m][1]);
+        split(upper.y, a[0][m][2], a[1][m][2]);
+        split(lower.y, a[0][m][3], a[1][m][3]);
+      }
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const float2 two = B::pair(b_stage, first_col + 8 * n + g, at + 8 * half);
+        split(two.x, b[0][n][0], b[1][n][0]);
+        split(two.y, b[0][n][1], b[1][n][1]);
+      }
+      multiply_add(TF32{}, sum, a[1], b[0]);
+      multiply_add(TF32{}, sum, a[0], b[1]);
+      multiply_add(TF32{}, sum, a[0], b[0]);
+    }
+    add(c, sum);
+  }
+}
+
+template <class Shape, bool kAByRow, bool kBByRow>
 struct TileMemory {
-  using A = Operand<kPrecision, Shape, Shape::kRows, kAByRow>;
-  using B = Operand<kPrecision, Shape, Shape::kCols, kBByRow>;
-  static constexpr int kStage = A::kSize + B::kSize;
-  static constexpr size_t kSums = sizeof(float) * Shape::kWarpsK * Shape::kRows * Shape::kSumStride;  // in their place
-  static constexpr size_t kStages = sizeof(uint16_t) * Shape::kStages * kStage;
-  static constexpr size_t kBytes = kStages > kSums ? kStages : kSums;
+  using A = Operand<Shape, Shape::kRows, kAByRow>;
+  using B = Operand<Shape, Shape::kCols, kBByRow>;
+  static constexpr int kStageFloats = A::kFloats + B::kFloats;
+  static constexpr int kSumFloats = Shape::kWarpsK * Shape::kRows * Shape::kSumStride;  // in place of the stages
+  static constexpr size_t kBytes =
+      sizeof(float) * (Shape::kStages * kStageFloats > kSumFloats ? Shape::kStages * kStageFloats : kSumFloats);
 };
 
 // Where a block's tile of C begins, and the ends of the matrices.
@@ -272,83 +322,86 @@ struct TileOf {
   int64_t rows, cols, ks;  // of the whole product
 };
 
-// The tile of C in shared memory, kWarpsK summands of each element, see `Four`; and with `wants_row_sums` the sums over
-// k of A's rows in column kCols. A's rows begin with a_first_row. Waits for the launches ahead, and before that reads
-// of B alone, if `b_settled`; then calls `after_wait`. Ends with the block in step.
-template <Precision kPrecision, class Shape, bool kAByRow, bool kBByRow, class AfterWait>
-__device__ __forceinline__ void multiply_tile(float* memory, const Parts& a, const Parts& b, int64_t a_first_row,
-                                              const TileOf& tile, bool b_settled, bool wants_row_sums,
-                                              const AfterWait& after_wait) {
-  using Memory = TileMemory<kPrecision, Shape, kAByRow, kBByRow>;
+// The tile of C in shared memory, kWarpsK summands of each element; see `four`. Waits for the launches ahead, and
+// before that reads of B alone, if `b_settled`; then calls `after_wait`. `each_piece` is called with every piece of A
+// in turn. Ends with the block in step.
+template <Precision kPrecision, class Shape, bool kAByRow, bool kBByRow, class AfterWait, class EachPiece>
+__device__ __forceinline__ void multiply_tile(float* memory, const Matrix& a, const Matrix& b, int64_t a_first_row,
+                                              const TileOf& tile, bool b_settled, const AfterWait& after_wait,
+                                              const EachPiece& each_piece) {
+  using Memory = TileMemory<Shape, kAByRow, kBByRow>;
   using A = typename Memory::A;
   using B = typename Memory::B;
+  constexpr bool kWalksSlices = Shape::kSlices > Shape::kWarpsK;  // one after another
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp_k = warp / (Shape::kWarpsM * Shape::kWarpsN);
   const int first_row = warp / Shape::kWarpsN % Shape::kWarpsM * Shape::kWarpRows;
   const int first_col = warp % Shape::kWarpsN * Shape::kWarpCols;
-  const int pieces = static_cast<int>((tile.ks + Shape::kSpan - 1) / Shape::kSpan);
-  const int a_place = A::template place<false>(first_row) + warp_k * A::kNextStep;
-  const int b_place = A::kSize + B::template place<true>(first_col) + warp_k * B::kNextStep;
-  uint16_t* const stages = reinterpret_cast<uint16_t*>(memory);
+  const Cut<Shape> cut(tile.ks);
+  const auto stage = [&](int piece) { return memory + piece % Shape::kStages * Memory::kStageFloats; };
 
-  B b_part(b, tile.col, tile.cols, tile.ks);
+  B b_part(b, cut, tile.col, tile.cols, tile.ks);
+  const int ahead = cut.pieces < Shape::kStages - 1 ? cut.pieces : Shape::kStages - 1;
   if (b_settled) {  // its first pieces all belong to the first group
-#pragma unroll
-    for (int piece = 0; piece < Shape::kStages - 1; ++piece) {
-      if (piece < pieces) b_part.load(stages + piece * Memory::kStage + A::kSize);
-    }
+    for (int piece = 0; piece < ahead; ++piece) b_part.load(stage(piece) + A::kFloats);
   }
   wait_for_earlier_launches();
   let_next_launch_begin();
-  const Parts a_rows{a.values + (kAByRow ? a_first_row * a.stride : 0), a.stride};
-  A a_part(a_rows, tile.row, tile.rows, tile.ks);
+  A a_part(a, cut, a_first_row + tile.row, a_first_row + tile.rows, tile.ks);
 #pragma unroll
   for (int piece = 0; piece < Shape::kStages - 1; ++piece) {
-    if (piece < pieces) {
-      a_part.load(stages + piece * Memory::kStage);
-      if (!b_settled) b_part.load(stages + piece * Memory::kStage + A::kSize);
+    if (piece < ahead) {
+      a_part.load(stage(piece));
+      if (!b_settled) b_part.load(stage(piece) + A::kFloats);
     }
     commit_copies();  // an empty group too: the count of groups is the count of pieces
   }
   after_wait();
 
-  float c[Shape::kFragmentsM][Shape::kFragmentsN][4] = {}, row_sums[Shape::kFragmentsM][1][4] = {};
-  int now = 0, next = Shape::kStages - 1;  // stages
-  for (int piece = 0; piece < pieces; ++piece) {
+  float c[Shape::kFragmentsM][Shape::kFragmentsN][4] = {};
+  [[maybe_unused]] float total[Shape::kFragmentsM][Shape::kFragmentsN][4] = {};
+  [[maybe_unused]] int steps_left = cut.steps_of_slice;
+  for (int piece = 0; piece < cut.pieces; ++piece) {
     wait_for_copies<Shape::kStages - 2>();
     __syncthreads();  // this piece has arrived for all, and all are done with the one before it
-    if (piece + Shape::kStages - 1 < pieces) {
-      a_part.load(stages + next * Memory::kStage);
-      b_part.load(stages + next * Memory::kStage + A::kSize);
+    if (piece + Shape::kStages - 1 < cut.pieces) {
+      float* next = stage(piece + Shape::kStages - 1);
+      a_part.load(next);
+      b_part.load(next + A::kFloats);
     }
     commit_copies();
-    const uint16_t* stage = stages + now * Memory::kStage;
-#pragma unroll 1  // two at a time would spill
-    for (int step = 0; step < Shape::kSpan / kStep / Shape::kWarpsK; ++step) {
-      add_step<kPrecision, Shape, A, B, kAByRow, kBByRow>(c, row_sums, wants_row_sums && first_col == 0,
-                                                          stage + a_place + step * Shape::kWarpsK * A::kNextStep,
-                                                          stage + b_place + step * Shape::kWarpsK * B::kNextStep);
+    const float* now = stage(piece);
+#pragma unroll 1
+    for (int step = 0; step < Shape::kDepth / kStep; ++step) {  // unrolled it spills
+      add_step<kPrecision, Shape, A, B>(c, now, now + A::kFloats, first_row, first_col,
+                                        warp_k * Shape::kDepth + step * kStep);
+      if constexpr (kWalksSlices) {
+        if (--steps_left == 0) {
+          steps_left = cut.steps_of_slice;
+          add(total, c);
+          clear(c);
+        }
+      }
     }
-    now = now + 1 == Shape::kStages ? 0 : now + 1;
-    next = next + 1 == Shape::kStages ? 0 : next + 1;
+    each_piece(now);
+  }
+  if constexpr (kWalksSlices) {
+    add(total, c);
+    clear(c);
+    add(c, total);
   }
   wait_for_copies<0>();
   __syncthreads();
 #pragma unroll
   for (int m = 0; m < Shape::kFragmentsM; ++m) {
-    const int row = warp_k * Shape::kRows + first_row + 16 * m + lane / 4;
-    float* sums = memory + row * Shape::kSumStride;
 #pragma unroll
     for (int n = 0; n < Shape::kFragmentsN; ++n) {
-      const int col = first_col + 8 * n + lane % 4 * 2;
-      sums[col] = c[m][n][0];
-      sums[col + 1] = c[m][n][1];
-      sums[col + 8 * Shape::kSumStride] = c[m][n][2];
-      sums[col + 8 * Shape::kSumStride + 1] = c[m][n][3];
-    }
-    if (wants_row_sums && first_col == 0 && lane % 4 == 0) {  // all columns of the product with ones are alike
-      sums[Shape::kCols] = row_sums[m][0][0];
-      sums[8 * Shape::kSumStride + Shape::kCols] = row_sums[m][0][2];
+      const int row = warp_k * Shape::kRows + first_row + 16 * m + lane / 4;
+      float* sums = memory + row * Shape::kSumStride + first_col + 8 * n + lane % 4 * 2;
+      sums[0] = c[m][n][0];
+      sums[1] = c[m][n][1];
+      sums[8 * Shape::kSumStride] = c[m][n][2];
+      sums[8 * Shape::kSumStride + 1] = c[m][n][3];
     }
   }
   __syncthreads();

@@ -10,8 +10,7 @@ namespace engine {
 namespace {
 
 constexpr int64_t kStepsPerGraph = 50;                  // a launch of a graph, some microseconds, is shared by so many
-constexpr int64_t kMinibatchBytes = int64_t{16} << 20;  // of x in a graph's steps, so that it stays in the L2
-constexpr int64_t kElementBytes = 10;                   // a float and its parts
+constexpr int64_t kMinibatchFloats = int64_t{4} << 20;  // of x in a graph's steps: 16 MB, so that it stays in the L2
 constexpr int64_t kWord = sizeof(int64_t);
 constexpr size_t kMostGraphs = 4;  // beyond them steps are launched as they are
 
@@ -32,12 +31,12 @@ Schedule::Schedule(const Network& network, const Objective& objective, const Opt
       models_(std::move(models)),
       most_size_(most_size),
       most_steps_(most_steps),
-      group_(std::clamp<int64_t>(kMinibatchBytes / (kElementBytes * this->models() * most_size * to_fours(data.cols)),
-                                 1, kStepsPerGraph)),
+      group_(std::clamp<int64_t>(kMinibatchFloats / (this->models() * most_size * to_fours(data.cols)), 1,
+                                 kStepsPerGraph)),
       gpu_(gpu) {
   int parameter = 0;
   const auto add = [&](std::vector<Layer>& layers, int64_t ins, int64_t outs, bool paired) {
-    layers.push_back({ins, outs, parameter, paired, nullptr, nullptr, 0, 0, {}, {}, {}});
+    layers.push_back({ins, outs, parameter, paired, nullptr, nullptr, 0, 0});
     parameter += paired ? 4 : 2;
     return outs;
   };
@@ -53,42 +52,28 @@ Schedule::Schedule(const Network& network, const Objective& objective, const Opt
 
 Schedule::~Schedule() {
   for (auto& [count, graph] : graphs_) cudaGraphExecDestroy(graph);
-  for (cudaStream_t stream : {capture_stream_, aside_}) {
-    if (stream) cudaStreamDestroy(stream);
-  }
-  for (cudaEvent_t event : {read_, updated_}) {
-    if (event) cudaEventDestroy(event);
-  }
+  if (capture_stream_) cudaStreamDestroy(capture_stream_);
 }
 
 // Every buffer begins at a multiple of 256 bytes of one allocation, which has a part for every model.
 void Schedule::lay_out(const cuda::Workspace& workspace) {
   std::vector<std::pair<void**, size_t>> places;
-  std::vector<std::pair<size_t, size_t>> named;  // places and buffers_
   const auto place = [&](auto*& pointer, int64_t count) {
     places.emplace_back(reinterpret_cast<void**>(&pointer), static_cast<size_t>(count) * sizeof *pointer);
   };
   const auto matrix = [&](const std::string& name, float*& pointer, int64_t rows, int64_t cols, int64_t& stride) {
     stride = to_fours(cols);
     place(pointer, rows * stride);
-    named.emplace_back(places.size() - 1, buffers_.size());
     buffers_.push_back({name, nullptr, rows, cols, stride});
   };
-  const auto parts = [&](Parts& of, int64_t rows, int64_t cols) {
-    of.stride = (cols + 15) / 16 * 48;
-    place(of.values, rows * of.stride);
-  };
+  buffers_.reserve(64);
   const int64_t decoder_rows = objective_.num_samples * most_size_;
   matrix("x", x_, group_ * most_size_, data_.cols, x_stride_);
-  parts(x_parts_, group_ * most_size_, data_.cols);
   matrix("z", z_, decoder_rows, network_.latent_dim, z_stride_);
-  parts(z_parts_, decoder_rows, network_.latent_dim);
   matrix("eps", eps_, decoder_rows, network_.latent_dim, z_stride_);
   if (objective_.estimator == Estimator::wake_sleep) {
     matrix("dream x", dream_x_, most_size_, data_.cols, x_stride_);
-    parts(dream_x_parts_, most_size_, data_.cols);
     matrix("dream z", dream_z_, group_ * most_size_, network_.latent_dim, z_stride_);
-    parts(dream_z_parts_, group_ * most_size_, network_.latent_dim);
   }
   for (auto* layers : {&encoder_, &decoder_}) {
     const std::string half = layers == &encoder_ ? "encoder" : "decoder";
@@ -99,10 +84,7 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
       const bool last = i + 1 == layers->size();
       const std::string name = half + (!last ? "." + std::to_string(i) : half == "encoder" ? ".heads" : ".output");
       if (!last || half == "encoder") matrix(name, layer.out, rows, cols, layer.stride);
-      if (!last) parts(layer.out_parts, rows, cols);
       matrix("grad " + name, layer.grad, rows, cols, layer.grad_stride);
-      parts(layer.grad_parts, rows, cols);
-      parts(layer.weight_parts, cols, layer.ins);
     }
   }
   const Layer& output = decoder_.back();
@@ -135,138 +117,100 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
     *pointer = memory;
     memory += (size + 255) / 256 * 256;
   }
-  for (const auto& [at, buffer] : named) buffers_[buffer].values = static_cast<float*>(*places[at].first);
+  for (size_t i = 0; i < buffers_.size(); ++i) buffers_[i].values = static_cast<float*>(*places[i].first);
 }
 
 // --- a step ----------------------------------------------------------------------------------------------------------
 
 Now Schedule::now(int64_t offset) const { return {cursor_, offset, sizes_, seeds_, models(), model_bytes_, own_}; }
 
-int Schedule::split_weights(cudaStream_t stream) {
-  for (const auto* layers : {&encoder_, &decoder_}) {
-    for (const Layer& layer : *layers) {
-      const size_t first = static_cast<size_t>(layer.first_parameter);
-      const SplitWeights args{now(0),
-                              layer.paired ? 2 * layer.outs : layer.outs,
-                              layer.ins,
-                              parameters_[first].value,
-                              layer.paired ? parameters_[first + 2].value : nullptr,
-                              layer.weight_parts};
-      if (int error = launch(args, stream)) return error;
-    }
-  }
-  return cudaSuccess;
+MatrixOf Schedule::weight_of(const Layer& layer) const {
+  const size_t first = static_cast<size_t>(layer.first_parameter);
+  return {parameters_[first].value, layer.paired ? parameters_[first + 2].value : nullptr, layer.ins};
 }
 
 int Schedule::launch_step(int64_t offset, cudaStream_t stream) {
   const Now at = now(offset);
   const int64_t samples = objective_.num_samples;
-  const Way encoder_way{precision_, most_size_, gpu_.multiprocessors, stream, gpu_.overlap};
-  const Way decoder_way{precision_, samples * most_size_, gpu_.multiprocessors, stream, gpu_.overlap};
+  const Way encoder_way{precision_, most_size_, gpu_.multiprocessors, gpu_.shared_bytes, stream, gpu_.overlap};
+  const Way decoder_way{precision_, samples * most_size_, gpu_.multiprocessors, gpu_.shared_bytes,
+                        stream,     gpu_.overlap};
   const float* x = x_ + offset * most_size_ * x_stride_;
-  const auto rows_from = [](const Parts& parts, int64_t row) {
-    return Parts{parts.values + row * parts.stride, parts.stride};
-  };
-  const Parts x_parts = rows_from(x_parts_, offset * most_size_);
   const auto parameter = [&](const Layer& layer, int i) {
     return parameters_[static_cast<size_t>(layer.first_parameter + i)].value;
   };
   launches_ = 0;
   int error = 0;
-  bool joined = false;
   const auto go = [&](const auto& args, Way way, int per_latent = 0) {
     way.weights_settled = launches_++ > 0;  // the first comes right after an update
     way.per_latent = per_latent;
-    if (joined) way.overlap = false;  // the launch ahead is not the only one to wait for
-    joined = false;
     if (!error) error = launch(args, way);
   };
   // See Way. Of a single model all latents are its own.
   const auto per_latent = [&](const Layer& from) { return models() > 1 && &from == &decoder_.front() ? 1 : 0; };
-  const auto forward = [&](const std::vector<Layer>& layers, Parts in, const Way& way) {
+  const auto forward = [&](const std::vector<Layer>& layers, const float* in, int64_t stride, const Way& way) {
     const int64_t rows = &layers == &encoder_ ? 1 : samples;
     for (size_t i = 0; i + 1 < layers.size(); ++i) {
       const Layer& layer = layers[i];
-      go(HiddenForward{at, rows, layer.ins, layer.outs, in, layer.weight_parts, parameter(layer, 1),
-                       network_.activation, layer.out, layer.stride, layer.out_parts},
+      go(HiddenForward{at, rows, layer.ins, layer.outs, in, stride, parameter(layer, 0), parameter(layer, 1),
+                       network_.activation, layer.out, layer.stride},
          way, per_latent(layer));
-      in = layer.out_parts;
+      in = layer.out;
+      stride = layer.stride;
     }
-    return in;
+    return std::pair(in, stride);
   };
   const auto backward = [&](const std::vector<Layer>& layers, const Way& way) {
     const int64_t rows = &layers == &encoder_ ? 1 : samples;
     for (size_t i = layers.size() - 1; i > 0; --i) {
       const Layer &layer = layers[i], &below = layers[i - 1];
-      go(HiddenBackward{at, rows, layer.paired ? 2 * layer.outs : layer.outs, layer.ins, layer.grad_parts,
-                        layer.weight_parts, network_.activation, below.out, below.stride, below.grad, below.grad_parts},
+      go(HiddenBackward{at, rows, layer.paired ? 2 * layer.outs : layer.outs, layer.ins, layer.grad, layer.grad_stride,
+                        weight_of(layer), network_.activation, below.out, below.stride, below.grad},
          way, models() > 1 && &layer == &encoder_.back() ? 2 : 0);
     }
   };
 
   const bool wake_sleep = objective_.estimator == Estimator::wake_sleep;
   const Layer &heads = encoder_.back(), &output = decoder_.back(), &first = decoder_.front();
-  const float* bias_logvar = output.paired ? parameter(output, 3) : nullptr;
-  const Parts h = forward(encoder_, x_parts, encoder_way);
-  go(LatentForward{at, objective_.estimator, network_.logvar_scale, samples, heads.ins, heads.outs, h,
-                   heads.weight_parts, parameter(heads, 1), parameter(heads, 3), heads.out, heads.stride, z_, eps_,
-                   z_stride_, z_parts_, kl_parts_, kl_stride_},
+  const float *weight_logvar = output.paired ? parameter(output, 2) : nullptr,
+              *bias_logvar = output.paired ? parameter(output, 3) : nullptr;
+  const auto [h, h_stride] = forward(encoder_, x, x_stride_, encoder_way);
+  go(LatentForward{at, objective_.estimator, network_.logvar_scale, samples, heads.ins, heads.outs, h, h_stride,
+                   parameter(heads, 0), parameter(heads, 1), parameter(heads, 2), parameter(heads, 3), heads.out,
+                   heads.stride, z_, eps_, z_stride_, kl_parts_, kl_stride_},
      encoder_way);
-  // The decoder's hidden layers write what the update of the step before may still be reading.
-  if (forked_) {
-    if (!error) error = join(stream);
-    joined = true;
-  }
   const float* dream_z = wake_sleep ? dream_z_ + offset * most_size_ * z_stride_ : nullptr;
   if (wake_sleep) {  // before the decoder is wanted with z, whose activations the update reads
-    const Parts dreamed = forward(decoder_, rows_from(dream_z_parts_, offset * most_size_), decoder_way);
-    go(DreamForward{at, network_.likelihood, output.ins, output.outs, dreamed, output.weight_parts,
-                    parameter(output, 1), bias_logvar, dream_x_, x_stride_, dream_x_parts_},
+    const auto [dreamed, stride] = forward(decoder_, dream_z, z_stride_, decoder_way);
+    go(DreamForward{at, network_.likelihood, output.ins, output.outs, dreamed, stride, parameter(output, 0),
+                    parameter(output, 1), weight_logvar, bias_logvar, dream_x_, x_stride_},
        decoder_way, per_latent(output));
   }
-  const Parts last = forward(decoder_, z_parts_, decoder_way);
-  go(OutputForward{at, network_.likelihood, samples, output.ins, output.outs, last, output.weight_parts,
-                   parameter(output, 1), bias_logvar, x, x_stride_, output.grad, output.grad_stride, output.grad_parts,
+  const auto [last, last_stride] = forward(decoder_, z_, z_stride_, decoder_way);
+  go(OutputForward{at, network_.likelihood, samples, output.ins, output.outs, last, last_stride, parameter(output, 0),
+                   parameter(output, 1), weight_logvar, bias_logvar, x, x_stride_, output.grad, output.grad_stride,
                    ll_parts_, ll_stride_},
      decoder_way, per_latent(output));
   backward(decoder_, decoder_way);
-  // Nobody reads the weights of the decoder's later layers again in this step: they are updated beside what follows.
-  const bool forks = !wake_sleep && decoder_.size() > 1;
-  if (forks) {
-    Way aside = decoder_way;
-    aside.stream = aside_;
-    aside.overlap = false;
-    if (!error) error = cudaEventRecord(read_, stream);
-    if (!error) error = cudaStreamWaitEvent(aside_, read_, 0);
-    if (!error) error = launch_update(offset, x_parts, true, false, aside);
-    if (!error) error = cudaEventRecord(updated_, aside_);
-    forked_ = true;
-  }
   if (wake_sleep) {
-    const Parts seen = forward(encoder_, dream_x_parts_, encoder_way);
-    go(Recognise{at, network_.logvar_scale, heads.ins, heads.outs, seen, heads.weight_parts, parameter(heads, 1),
-                 parameter(heads, 3), dream_z, z_stride_, heads.grad, heads.grad_stride, heads.grad_parts},
+    const auto [seen, stride] = forward(encoder_, dream_x_, x_stride_, encoder_way);
+    go(Recognise{at, network_.logvar_scale, heads.ins, heads.outs, seen, stride, parameter(heads, 0),
+                 parameter(heads, 1), parameter(heads, 2), parameter(heads, 3), dream_z, z_stride_, heads.grad,
+                 heads.grad_stride},
        encoder_way);
   } else {
     go(LatentBackward{at, objective_.estimator, network_.logvar_scale, samples,
-                      first.paired ? 2 * first.outs : first.outs, network_.latent_dim, first.grad_parts,
-                      first.weight_parts, heads.out, heads.stride, z_, eps_, z_stride_, heads.grad, heads.grad_parts},
+                      first.paired ? 2 * first.outs : first.outs, network_.latent_dim, first.grad, first.grad_stride,
+                      weight_of(first), heads.out, heads.stride, z_, eps_, z_stride_, heads.grad},
        encoder_way);
   }
   backward(encoder_, encoder_way);
-  if (!error) error = launch_update(offset, wake_sleep ? dream_x_parts_ : x_parts, !forks, true, decoder_way);
+  if (!error) error = launch_update(offset, wake_sleep ? dream_x_ : x, decoder_way);
   return error;
 }
 
-// The stream waits for the decoder's update.
-int Schedule::join(cudaStream_t stream) {
-  forked_ = false;
-  return cudaStreamWaitEvent(stream, updated_, 0);
-}
-
-// `x`: what the encoder's first layer took. Of the encoder and the decoder's first layer; of the decoder's other
-// layers.
-int Schedule::launch_update(int64_t offset, const Parts& x, bool of_decoder, bool of_encoder, const Way& way) {
+// `x`: what the encoder's first layer took
+int Schedule::launch_update(int64_t offset, const float* x, const Way& way) {
   Update update = {};
   update.now = now(offset);
   update.rule = rule_of(optimizer_);
@@ -285,31 +229,33 @@ int Schedule::launch_update(int64_t offset, const Parts& x, bool of_decoder, boo
   std::vector<UpdateLayer> layers;
   for (auto* half : {&decoder_, &encoder_}) {
     const bool encoder = half == &encoder_;
-    Parts in = encoder ? x : z_parts_;
+    const float* in = encoder ? x : z_;
+    int64_t stride = encoder ? x_stride_ : z_stride_;
     for (const Layer& layer : *half) {
       const auto trained = [&](int i) { return parameters_[static_cast<size_t>(layer.first_parameter + i)]; };
       UpdateLayer part = {};
       part.samples = encoder ? 1 : objective_.num_samples;
       part.outs = layer.paired ? 2 * layer.outs : layer.outs;
       part.ins = layer.ins;
-      part.grad = layer.grad_parts;
+      part.grad = layer.grad;
+      part.grad_stride = layer.grad_stride;
       part.in = in;
-      part.parts = layer.weight_parts;
+      part.in_stride = stride;
       part.paired = layer.paired;
       part.logvar_scale = &layer == &encoder_.back() ? network_.logvar_scale : 1.0f;
       for (int i = 0; i < (layer.paired ? 2 : 1); ++i) {
         part.weight[i] = trained(2 * i);
         part.bias[i] = trained(2 * i + 1);
       }
-      const bool later = !encoder && &layer != &decoder_.front();
-      if (later ? of_decoder : of_encoder) layers.push_back(part);
-      in = layer.out_parts;
+      layers.push_back(part);
+      in = layer.out;
+      stride = layer.stride;
     }
   }
   for (size_t begin = 0; begin < layers.size(); begin += kMostLayers) {
     update.layers = static_cast<int>(std::min(layers.size() - begin, size_t{kMostLayers}));
     std::copy_n(layers.begin() + static_cast<std::ptrdiff_t>(begin), update.layers, update.layer);
-    update.terms = begin == 0 && of_encoder ? terms_ : nullptr;
+    update.terms = begin == 0 ? terms_ : nullptr;
     ++launches_;
     if (int error = launch(update, way)) return error;
   }
@@ -319,14 +265,11 @@ int Schedule::launch_update(int64_t offset, const Parts& x, bool of_decoder, boo
 // --- many steps ------------------------------------------------------------------------------------------------------
 
 int Schedule::launch_steps(int64_t count, cudaStream_t stream) {
-  const Prepare prepare{now(0),     count,    most_size_, data_,    rows_,     most_size_,    x_, x_stride_, x_parts_,
-                        optimizer_, updates_, factors_,   dream_z_, z_stride_, dream_z_parts_};
+  const Prepare prepare{now(0),    count,      most_size_, data_,    rows_,    most_size_, x_,
+                        x_stride_, optimizer_, updates_,   factors_, dream_z_, z_stride_};
   if (int error = launch(prepare, stream)) return error;
   for (int64_t offset = 0; offset < count; ++offset) {
     if (int error = launch_step(offset, stream)) return error;
-  }
-  if (forked_) {
-    if (int error = join(stream)) return error;
   }
   return advance(cursor_, now(0), count, stream);
 }
@@ -414,15 +357,7 @@ int Schedule::load(const std::vector<Steps>& steps, int64_t begin, int64_t count
 
 int Schedule::run(const std::vector<Steps>& steps, float* terms, cudaStream_t stream) {
   const int64_t n_steps = steps[0].count;
-  if (!aside_) {
-    cudaError_t error = cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking);
-    for (cudaEvent_t* event : {&read_, &updated_}) {
-      if (!error) error = cudaEventCreateWithFlags(event, cudaEventDisableTiming);
-    }
-    if (error) return error;
-  }
   if (int error = exchange(true, stream)) return error;
-  if (int error = split_weights(stream)) return error;  // somebody else may have changed them
   for (int64_t begin = 0; begin < n_steps; begin += most_steps_) {
     const int64_t count = std::min(most_steps_, n_steps - begin);
     if (int error = load(steps, begin, count, stream)) return error;

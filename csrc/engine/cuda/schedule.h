@@ -47,14 +47,15 @@ struct Model {
 
 struct Gpu {
   int multiprocessors;
-  bool overlap;  // see Way
+  int shared_bytes;  // that a block can have
+  bool overlap;      // see Way
 };
 
 class Schedule {
  public:
   // `network` has the latents of the model with most; the lr of `optimizer` and the beta of `objective` are not read.
-  // `workspace` is asked once, for memory of zeros that lasts as long as this object. Steps come in calls of up to
-  // most_steps, each of up to most_size datapoints.
+  // `workspace` is asked once, for memory that lasts as long as this object. Steps come in calls of up to most_steps,
+  // each of up to most_size datapoints.
   Schedule(const Network& network, const Objective& objective, const Optimizer& optimizer, const Data& data,
            Precision precision, std::vector<Model> models, int64_t most_size, int64_t most_steps, const Gpu& gpu,
            const cuda::Workspace& workspace);
@@ -80,7 +81,6 @@ class Schedule {
     float* out;           // [rows, stride]: what the next layer takes; null for the last
     float* grad;          // [rows, grad_stride]: in what comes out before the activation
     int64_t stride, grad_stride;
-    Parts out_parts, grad_parts, weight_parts;
   };
 
   int64_t models() const { return static_cast<int64_t>(models_.size()); }
@@ -94,10 +94,9 @@ class Schedule {
   Now now(int64_t offset) const;
   int launch_steps(int64_t count, cudaStream_t stream);
   int launch_step(int64_t offset, cudaStream_t stream);
-  int launch_update(int64_t offset, const Parts& x, bool of_decoder, bool of_encoder, const Way& way);
-  int join(cudaStream_t stream);
+  int launch_update(int64_t offset, const float* x, const Way& way);
   int graph_of(int64_t count, cudaGraphExec_t& graph);
-  int split_weights(cudaStream_t stream);
+  MatrixOf weight_of(const Layer& layer) const;
 
   Network network_;
   Objective objective_;
@@ -111,7 +110,6 @@ class Schedule {
 
   std::vector<Layer> encoder_, decoder_;           // the last of the encoder are the heads, of the decoder the output
   float *dream_x_ = nullptr, *dream_z_ = nullptr;  // of wake_sleep
-  Parts x_parts_ = {}, z_parts_ = {}, dream_x_parts_ = {}, dream_z_parts_ = {};
   float *x_ = nullptr, *z_ = nullptr, *eps_ = nullptr, *ll_parts_ = nullptr, *kl_parts_ = nullptr;
   int64_t x_stride_ = 0, z_stride_ = 0, ll_stride_ = 0, kl_stride_ = 0;
   Own* own_ = nullptr;
@@ -124,10 +122,7 @@ class Schedule {
   std::vector<Start> starts_;  // of each model's next steps
   std::vector<Buffer> buffers_;
 
-  bool warm_ = false;    // whether any step has been launched
-  bool forked_ = false;  // whether the decoder's update is under way on aside_
-  cudaStream_t aside_ = nullptr;
-  cudaEvent_t read_ = nullptr, updated_ = nullptr;  // the decoder's weights
+  bool warm_ = false;  // whether any step has been launched
   cudaStream_t capture_stream_ = nullptr;
   std::map<int64_t, cudaGraphExec_t> graphs_;  // by number of steps
 };

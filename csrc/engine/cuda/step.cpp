@@ -113,6 +113,7 @@ class CudaStep {
     int generation = 0;
     const int device = data_.get_device();
     check_cuda(cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check_cuda(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     check_cuda(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device));
     const char* wanted = std::getenv("VAE_FAST_CUDA_OVERLAP");  // 0: to measure what overlapping launches are worth
     gpu.overlap = generation >= 9 && !(wanted && std::string(wanted) == "0");

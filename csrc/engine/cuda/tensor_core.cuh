@@ -7,7 +7,8 @@
 //   A [16, K]: rows g and g + 8;   B [8, K], row n of it the n-th column of the product: row g;
 //   C [16, 8]: c[0], c[1] = columns 2t, 2t + 1 of row g,  c[2], c[3] = the same of row g + 8
 // and of the K indices, which A and B may number as they like so long as they agree:
-//   a[0], a[1] = indices 2t, 2t + 1 of rows g, g + 8,  a[2], a[3] = 2t + 8, 2t + 9 of them;  b[0], b[1] = likewise
+//   TF32, K = 8:   a[0], a[1] = index t of rows g, g + 8,  a[2], a[3] = index t + 4;  b[0], b[1] = indices t, t + 4
+//   BF16, K = 16:  the same with pairs of indices: (2t, 2t + 1) for t, and (2t + 8, 2t + 9) for t + 4
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +16,12 @@
 #include <cstdint>
 
 namespace vae_fast {
-namespace engine {}  // namespace engine
+namespace engine {
+
+struct TF32 {};
+struct BF16 {};
+
+}  // namespace engine
 }  // namespace vae_fast
 
 #if defined(VAE_FAST_CUDA_EMULATION)
@@ -32,47 +38,44 @@ __device__ __forceinline__ uint32_t pack_bf16(float first, float second) {
   return bits;
 }
 
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void multiply_add(TF32, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void multiply_add(BF16, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // c += a b for M x N fragments of a warp. All lanes call it together.
-template <int M, int N>
-__device__ __forceinline__ void multiply_add(float (&c)[M][N][4], const uint32_t (&a)[M][4],
+template <class Format, int M, int N>
+__device__ __forceinline__ void multiply_add(Format format, float (&c)[M][N][4], const uint32_t (&a)[M][4],
                                              const uint32_t (&b)[N][2]) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) multiply_add(c[m][n], a[m], b[n]);
+    for (int n = 0; n < N; ++n) multiply_add(format, c[m][n], a[m], b[n]);
   }
 }
 
-// Four matrices of 8 x 8 bfloat16 numbers from shared memory: lane l says where row l % 8 of matrix l / 8 lies, 16
-// bytes long and aligned to them, and gets of each matrix elements 2t and 2t + 1 of row g, or with kTransposed of
-// column g.
-template <bool kTransposed>
-__device__ __forceinline__ void load_matrices(uint32_t (&four)[4], const uint16_t* row) {
-  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(four[0]), "=r"(four[1]), "=r"(four[2]), "=r"(four[3])
-                 : "r"(shared)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(four[0]), "=r"(four[1]), "=r"(four[2]), "=r"(four[3])
-                 : "r"(shared)
-                 : "memory");
-  }
-}
-
-// Starts to copy 16 bytes, to which both ends are aligned, or with valid == false to write zeros.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+// Starts to copy `valid` of 4 floats and to write zeros for the others: at once, which takes a source that is aligned
+// to 16 bytes, or one by one.
+__device__ __forceinline__ void copy_async(float* to, const float* from, int valid, bool aligned) {
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(valid ? 16 : 0)
-               : "memory");
+  if (aligned) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(4 * valid) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* source = i < valid ? from + i : from;
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared + 4 * i), "l"(source),
+                   "r"(i < valid ? 4 : 0)
+                   : "memory");
+    }
+  }
 }
 
 // Makes a group of this thread's copies since the last group.
@@ -108,14 +111,6 @@ __device__ __forceinline__ void let_next_launch_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
-}
-
-// Two or four bfloat16 numbers to global memory in one access.
-__device__ __forceinline__ void write_words(uint16_t* to, const uint32_t (&words)[1]) {
-  *reinterpret_cast<uint32_t*>(to) = words[0];
-}
-__device__ __forceinline__ void write_words(uint16_t* to, const uint32_t (&words)[2]) {
-  *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
 }
 
 __device__ __forceinline__ float* dynamic_shared() {

@@ -14,7 +14,7 @@ namespace vae_fast {
 namespace engine {
 namespace {
 
-using UpdateShape = Medium;
+using UpdateShape = Updates;
 constexpr int kThreads = UpdateShape::kThreads;
 
 // --- the minibatches -------------------------------------------------------------------------------------------------
@@ -36,7 +36,6 @@ __device__ __forceinline__ void dream_latents(const Prepare& p, const Here& here
 #pragma unroll
   for (int i = 0; i < 4; ++i) z[i] = first + i < latents ? philox_normal(seed, b * latents + first + i) : 0.0f;
   write_four(here.of_model(p.dream_z) + (slot * p.most_size + b) * p.z_stride + first, z);
-  write_parts(here.of_model(p.dream_z_parts), slot * p.most_size + b, first, z);
 }
 
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Prepare p) {
@@ -64,20 +63,6 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     if (p.data.dynamic) x[i] = bernoulli_draw(seed, b * p.data.cols + col + i, x[i]);
   }
   write_four(here.of_model(p.x) + (slot * p.most_size + b) * p.x_stride + col, x);
-  write_parts(here.of_model(p.x_parts), slot * p.most_size + b, col, x);
-}
-
-__global__ void __launch_bounds__(kThreads) split_weights_kernel(const __grid_constant__ SplitWeights p) {
-  const Here here(p.now);
-  const int64_t fours = ceil_div(p.ins, 4), four = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = four / fours, col = four % fours * 4;
-  if (row >= p.outs) return;
-  const float* from =
-      here.of_model(p.second && row & 1 ? p.second : p.first) + (p.second ? row >> 1 : row) * p.ins + col;
-  float w[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = col + i < p.ins ? from[i] : 0.0f;
-  write_parts(here.of_model(p.parts), row, col, w);
 }
 
 __global__ void advance_kernel(int64_t* cursor, const __grid_constant__ Now now, int64_t count) {
@@ -89,7 +74,7 @@ __global__ void advance_kernel(int64_t* cursor, const __grid_constant__ Now now,
 // A layer as the kernel reads it: which tiles of the grid are its own.
 struct Job {
   int64_t samples, outs, ins;
-  Parts grad, in, parts;
+  Matrix grad, in;
   bool paired, aligned;  // aligned: fours of weight and state begin at multiples of 16 bytes
   float logvar_scale;
   Trained weight[2], bias[2];
@@ -208,7 +193,6 @@ __device__ __forceinline__ void update_weights(const float* memory, const Jobs& 
   const int64_t first_row = tile.row + thread / (Shape::kCols / 4), col = tile.col + thread % (Shape::kCols / 4) * 4;
   if (!kWhole && (first_row >= tile.rows || col >= tile.cols)) return;
   const Trained trained = of_model(here, job.weight[job.paired ? first_row & 1 : 0]);
-  const Parts parts = here.of_model(job.parts);
   const int valid = kWhole || tile.cols - col >= 4 ? 4 : static_cast<int>(tile.cols - col);
   const int64_t first = (job.paired ? first_row >> 1 : first_row) * job.ins + col;
   const int64_t stride = (job.paired ? kRowStep / 2 : kRowStep) * job.ins;
@@ -222,27 +206,18 @@ __device__ __forceinline__ void update_weights(const float* memory, const Jobs& 
     if (!kWhole && first_row + i * kRowStep >= tile.rows) break;
     const Four<Shape> four(memory, i);
     parameters[i].take_step(trained, first + i * stride, valid, p.rule, factors, scale, p.weight_prior, four.value);
-    if constexpr (!kWhole) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) parameters[i].w[j] = j < valid ? parameters[i].w[j] : 0.0f;
-    }
-    write_parts(parts, first_row + i * kRowStep, col, parameters[i].w);
   }
 }
 
 // And to its biases, if it is the first of a row of tiles
 template <UpdateKind kKind>
-__device__ __forceinline__ void update_biases(const float* memory, const Jobs& p, const Here& here, const Job& job,
-                                              const TileOf& tile, const StepFactors& factors, float scale) {
+__device__ __forceinline__ void update_biases(const Jobs& p, const Here& here, const Job& job, const TileOf& tile,
+                                              float sum, const StepFactors& factors, float scale) {
   using Shape = UpdateShape;
   const int thread = static_cast<int>(threadIdx.x);
   if (tile.col != 0 || thread >= Shape::kRows || tile.row + thread >= tile.rows) return;
   const int64_t row = tile.row + thread, at = job.paired ? row >> 1 : row;
   const Trained trained = of_model(here, job.bias[job.paired ? row & 1 : 0]);
-  float sum = 0.0f;
-#pragma unroll
-  for (int k = 0; k < Shape::kWarpsK; ++k)
-    sum += memory[(k * Shape::kRows + thread) * Shape::kSumStride + Shape::kCols];
   const float sums[4] = {job.paired && row & 1 ? sum / job.logvar_scale : sum};
   Parameters<kKind, false> own = {};
   own.load(trained, at, 1);
@@ -268,19 +243,33 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const __grid_consta
                     in_job % job.column_tiles * int64_t{Shape::kCols}, job.outs, job.ins, here.size * job.samples};
   const StepFactors factors = *here.of_model(p.factors);  // of a launch long ago
   const float scale = -1.0f / static_cast<float>(tile.ks);
-  const Parts grad = here.of_model(job.grad), in = here.of_model(job.in);
-  multiply_tile<kPrecision, Shape, false, false>(memory, grad, in, 0, tile, false, tile.col == 0, [] {});
+
+  // The first tile of a row of tiles has the bias too: the sum of the gradient over the minibatch, of every fourth
+  // first.
+  using A = typename TileMemory<Shape, false, false>::A;
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool has_bias = tile.col == 0 && thread < Shape::kRows;
+  float bias_sums[4] = {};
+  const Matrix grad = here.of_model(job.grad), in = here.of_model(job.in);
+  const auto add_bias = [&](const float* piece) {
+    if (has_bias) {
+#pragma unroll
+      for (int k = 0; k < Shape::kSpan; ++k) bias_sums[k % 4] += piece[k * A::kStride + thread];
+    }
+  };
+  multiply_tile<kPrecision, Shape, false, false>(memory, grad, in, 0, tile, false, [] {}, add_bias);
   if (job.aligned && tile.row + Shape::kRows <= tile.rows && tile.col + Shape::kCols <= tile.cols) {
     update_weights<kKind, true>(memory, p, here, job, tile, factors, scale);
   } else {
     update_weights<kKind, false>(memory, p, here, job, tile, factors, scale);
   }
-  update_biases<kKind>(memory, p, here, job, tile, factors, scale);
+  const float bias_sum = (bias_sums[0] + bias_sums[1]) + (bias_sums[2] + bias_sums[3]);
+  update_biases<kKind>(p, here, job, tile, bias_sum, factors, scale);
 }
 
 template <Precision kPrecision, UpdateKind kKind>
 int launch_update(const Jobs& jobs, const Way& way) {
-  constexpr size_t kBytes = TileMemory<kPrecision, UpdateShape, false, false>::kBytes;
+  constexpr size_t kBytes = TileMemory<UpdateShape, false, false>::kBytes;
   const auto kernel = update_kernel<kPrecision, kKind>;
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
     return error;
@@ -321,16 +310,6 @@ int launch(const Prepare& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-int launch(const SplitWeights& args, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(ceil_div(args.outs * ceil_div(args.ins, 4), kThreads)), 1,
-                        static_cast<unsigned>(args.now.models));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchKernelEx(&config, split_weights_kernel, args);
-  return cudaGetLastError();
-}
-
 int launch(const Update& args, const Way& way) {
   Jobs jobs = {};
   jobs.now = args.now;
@@ -341,9 +320,8 @@ int launch(const Update& args, const Way& way) {
     job = {layer.samples,
            layer.outs,
            layer.ins,
-           layer.grad,
-           layer.in,
-           layer.parts,
+           matrix_of(layer.grad, layer.grad_stride),
+           matrix_of(layer.in, layer.in_stride),
            layer.paired,
            true,
            layer.logvar_scale,
@@ -355,8 +333,7 @@ int launch(const Update& args, const Way& way) {
       job.weight[half] = layer.weight[half];
       job.bias[half] = layer.bias[half];
       for (const float* p : {layer.weight[half].value, layer.weight[half].state0, layer.weight[half].state1}) {
-        // a null is
-        job.aligned = job.aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0 && layer.ins % 4 == 0;
+        job.aligned = job.aligned && on_sixteen_bytes(p, layer.ins);  // a null is
       }
     }
     jobs.tiles += static_cast<int>(ceil_div(layer.outs, UpdateShape::kRows)) * job.column_tiles;
