@@ -122,7 +122,7 @@ int launch(const StoreForward& a, void* stream) {
   return with_pair(a.dtype, a.eps_dtype, [&](auto t, auto e) {
     using T = decltype(t);
     return with_vector<T>(vector_rows<T>(a.cols, {a.mu, a.logvar, a.z, a.eps}), [&](auto vector) {
-      return launch_rows(Store<T, decltype(e), vector.value>{a}, a.rows, a.cols, stream);
+      return launch_rows(Store<T, decltype(e), vector.value>{a}, a.rows, a.cols, stream, {});
     });
   });
 }
@@ -132,7 +132,7 @@ int launch(const StoreBackward& a, void* stream) {
     using T = decltype(t);
     return with_vector<T>(
         vector_rows<T>(a.cols, {a.grad_z, a.logvar, a.eps, a.grad_mu, a.grad_logvar}),
-        [&](auto vector) { return launch_rows(Stored<T, decltype(e), vector.value>{a}, a.rows, a.cols, stream); });
+        [&](auto vector) { return launch_rows(Stored<T, decltype(e), vector.value>{a}, a.rows, a.cols, stream, {}); });
   });
 }
 
@@ -140,7 +140,7 @@ int launch(const DifferenceBackward& a, void* stream) {
   return with_pair(a.dtype, a.dtype, [&](auto t, auto) {
     using T = decltype(t);
     return with_vector<T>(vector_rows<T>(a.cols, {a.grad_z, a.mu, a.z, a.grad_mu, a.grad_logvar}), [&](auto vector) {
-      return launch_rows(Difference<T, vector.value>{a}, a.rows, a.cols, stream);
+      return launch_rows(Difference<T, vector.value>{a}, a.rows, a.cols, stream, {});
     });
   });
 }
