@@ -78,7 +78,7 @@ CASES = {
     "Adam": Case(optimizer="adam", options={"lr": 0.01, "weight_decay": 0.1}),
     "AdamW": Case(optimizer="adamw", options={"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.95)}),
     "many rows": Case(encoder_hidden=(70,), decoder_hidden=(66,), batch_size=150, count=200, steps=2),
-    "little shared memory": Case(70, (70,), (66,), 20, batch_size=40, count=60, steps=2, shared_bytes=99 << 10),
+    "little shared memory": Case(70, (70,), (66,), batch_size=40, count=60, steps=2, shared_bytes=99 << 10),
     # Few multiprocessors are filled by large tiles, more of them by middling ones.
     "middling tiles": Case(130, (70,), (66,), 40, batch_size=70, count=100, steps=2, multiprocessors=5),
     "large tiles": Case(130, (70,), (66,), 40, batch_size=70, count=100, steps=2, multiprocessors=1),
