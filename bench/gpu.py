@@ -3,10 +3,11 @@
 python -m bench.gpu --out DIR [--parts build,tests,...] [--quick] [--minutes M]
 python -m bench.gpu --plan      prints three commands of at most ten minutes each that do the same
 
-Needs torch, nvcc, ninja and pytest; no network. Run it in the root of a checkout. A part that fails or runs
-out of time is recorded, and the next one goes on; the exit status says whether all passed. Into DIR go
-gpu.json (all that was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt, operators.png,
-operators.html, native_step.json, and for bench.summary latency.json, sizes.json and rivals.json.
+Needs torch, nvcc, ninja and pytest; no network. Run it in the root of a checkout. Without the part "build" it
+takes what lies there, built elsewhere for the same Python and torch. A part that fails or runs out of time is
+recorded, and the next one goes on; the exit status says whether all passed. Into DIR go gpu.json (all that
+was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt, operators.png, operators.html, and for
+bench.summary latency.json, sizes.json and rivals.json; and native_step.json.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ ROOT = machine.ROOT
 BUILD = ROOT / "build/bench"  # ignored by git; kept from part to part, and from call to call
 # Minutes of each part, in order; what one leaves goes on to the next. --minutes stretches all alike.
 SHARES = {
-    "build": 2.6,
-    "tests": 1.9,
+    "build": 1.6,
+    "tests": 2.5,
     "sanitizer": 1.2,
     "native_step": 1.2,
     "bench": 2.5,
@@ -184,7 +185,7 @@ def tests(session: Session, deadline: float) -> Part:
     part = Part()
     pytest = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "--durations=10", "-p", "no:cacheprovider"]
     if find_spec("xdist"):  # most of the time is the host's: compiling, references
-        pytest += ["-n", str(min(4, os.cpu_count() or 1))]
+        pytest += ["-n", str(min(8, os.cpu_count() or 1))]
     program = [BUILD / "kernels_test", *(["--quick"] if session.quick else [])]
     with ThreadPoolExecutor(2) as pool:
         suite = pool.submit(run, pytest, deadline)

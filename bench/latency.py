@@ -29,12 +29,16 @@ SECONDS = 40.0  # for one section
 
 
 def build(program: str, arch: str) -> Path:
-    """Compiles bench/<program>.cu for an architecture such as 90a; RuntimeError with the compiler's words."""
+    """Compiles bench/<program>.cu for an architecture such as 90a, unless it has been since it changed;
+    RuntimeError with the compiler's words.
+    """
     nvcc = resources.find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc: not on PATH and not in CUDA_HOME, wanted a CUDA toolkit")
     BUILD.mkdir(parents=True, exist_ok=True)
     binary = BUILD / program
+    if binary.exists() and binary.stat().st_mtime > (machine.ROOT / f"bench/{program}.cu").stat().st_mtime:
+        return binary
     # Not -arch: machine code for this GPU alone.
     gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     source = machine.ROOT / f"bench/{program}.cu"

@@ -2,10 +2,10 @@
 
 Adagrad 0.02, minibatches of 100.
 
-python -m bench.precision exact [--steps 6000] [--out DIR]
+python -m bench.precision exact [--steps 6000] [--device cuda] [--out DIR]
     "exact" against the reference engine in float64, same seed, order and noise: how far the means over 100
     steps are apart at most (bar 0.05 nat), and the bounds over the test set at the end (bar 0.02).
-python -m bench.precision fast [--steps 6000] [--seeds 16] [--out DIR]
+python -m bench.precision fast [--steps 6000] [--seeds 16] [--device cuda] [--out DIR]
     "fast" against "exact", by pairs of equal seeds: the mean difference of the test bound with its 95 %
     interval (bar: the interval within 0.3 nat).
 
@@ -31,7 +31,11 @@ BLOCK = 100  # steps
 
 
 def trainer(
-    seed: int, precision: str = "exact", engine: str = "native", dtype: torch.dtype = torch.float32
+    seed: int,
+    precision: str = "exact",
+    engine: str = "native",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Any:
     import vae_fast
 
@@ -45,19 +49,20 @@ def trainer(
         order="replacement",
         engine=engine,
         precision=precision,
+        device=device,
     )
 
 
-def exact(steps: int) -> dict[str, Any]:
+def exact(steps: int, device: str) -> dict[str, Any]:
     """The largest differences from float64."""
     import vae_fast
 
     train, test = vae_fast.datasets.mnist()
     samples, curves, bounds = 100 * steps, {}, {}
     for name, made in {
-        "native exact": trainer(0),
-        "modules": trainer(0, engine="modules"),
-        "float64": trainer(0, engine="reference", dtype=torch.float64),
+        "native exact": trainer(0, device=device),
+        "modules": trainer(0, engine="modules", device=device),
+        "float64": trainer(0, engine="reference", dtype=torch.float64, device=device),
     }.items():
         history = made.fit(train, max_samples=samples, report_every=100 * BLOCK, progress=False)
         curves[name] = np.array([row.train_bound for row in history])
@@ -75,12 +80,13 @@ def exact(steps: int) -> dict[str, Any]:
     }
 
 
-def fast(steps: int, seeds: int) -> dict[str, Any]:
+def fast(steps: int, seeds: int, device: str) -> dict[str, Any]:
     """Differences of the test bound, fast - exact, seed by seed."""
     import vae_fast
 
     train, test = vae_fast.datasets.mnist()
-    trainers = [trainer(seed, precision) for seed in range(seeds) for precision in ("exact", "fast")]
+    precisions = ("exact", "fast")
+    trainers = [trainer(seed, each, device=device) for seed in range(seeds) for each in precisions]
     histories = vae_fast.sweep(
         trainers, train, test, max_samples=100 * steps, report_every=100 * steps, progress=False
     )
@@ -112,11 +118,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("exact", "fast"))
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
-    found = exact(given.steps) if given.what == "exact" else fast(given.steps, given.seeds)
+    if given.what == "exact":
+        found = exact(given.steps, given.device)
+    else:
+        found = fast(given.steps, given.seeds, given.device)
     command = "python -m bench.precision " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    result = {**machine.describe(command), "machine": machine.name(torch.device("cpu")), "results": found}
+    result = {
+        **machine.describe(command),
+        "machine": machine.name(torch.device(given.device)),
+        "results": found,
+    }
     print(json.dumps(found, indent=2))
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)

@@ -408,14 +408,15 @@ def test_graphs_on_a_gpu_take_the_steps_that_run_without_them(
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("targets", ["real", "dynamic"])
-def test_a_gpu_gives_the_curve_of_the_cpu(targets: str) -> None:
+@pytest.mark.parametrize("name", ["modules", "native"])
+def test_a_gpu_gives_the_curve_of_the_cpu(name: str, targets: str) -> None:
     curves = []
     for device in (CPU, torch.device("cuda", 0)):
         model = small_model().to(device)
         source = array_source(data(), 20, device, targets=targets)
         made = make_optimizer("adagrad", model.parameters(), 0.01)
-        engine, why = make_engine("auto", model, made, source, Plan(), device)
-        assert ("CUDA graph" in why) == (device.type == "cuda")
+        engine, why = make_engine(name, model, made, source, Plan(), device)
+        assert engine.name == name and ("graph" in why) == (device.type == "cuda")
         curves.append(engine.run(200))
     torch.testing.assert_close(*curves, rtol=1e-4, atol=1e-4)
 
@@ -426,6 +427,6 @@ def test_an_optimizer_that_cannot_be_captured_runs_without_a_graph_and_that_is_s
     device = torch.device("cuda", 0)
     model = small_model().to(device)
     optimizer = torch.optim.Adam(model.parameters(), capturable=False)
-    engine, why = make_engine("auto", model, optimizer, array_source(data(), 20, device), Plan(), device)
+    engine, why = make_engine("modules", model, optimizer, array_source(data(), 20, device), Plan(), device)
     assert "not capturable" in why
     assert engine.run(10).isfinite().all()

@@ -776,25 +776,33 @@ def test_checkpoints_are_written_at_every_row(tmp_path: Path, monkeypatch: pytes
 
 # --- CUDA ---------------------------------------------------------------------------------------------------
 
+ON_A_GPU = pytest.mark.parametrize("engine", ["modules", "native"])
+
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_on_a_gpu_a_loaded_training_is_the_unbroken_one_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
-    straight, halfway = (small_trainer(optimizer=optimizer, device="cuda") for _ in range(2))
+@ON_A_GPU
+def test_on_a_gpu_a_loaded_training_is_the_unbroken_one_bit_for_bit(
+    tmp_path: Path, engine: str, optimizer: str
+) -> None:
+    made = {"optimizer": optimizer, "device": "cuda", "engine": engine}
+    straight, halfway = (small_trainer(**made) for _ in range(2))
     fit(straight, max_samples=5200, report_every=650)
     fit(halfway, max_samples=2600, report_every=650)
     halfway.save(tmp_path / "half")
     resumed = Trainer.load(tmp_path / "half", device="cuda")
     fit(resumed, max_samples=2600, report_every=650)
-    assert "CUDA graph" in resumed.engine_reason
+    assert resumed.engine_name == engine and "graph" in resumed.engine_reason
     assert same(straight, resumed)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_history_of_the_cpu() -> None:
-    histories = [fit(small_trainer(device=device), data(), data(50)) for device in ("cpu", "cuda")]
+@ON_A_GPU
+def test_a_gpu_gives_the_history_of_the_cpu(engine: str) -> None:
+    trainers = (small_trainer(device=device, engine=engine) for device in ("cpu", "cuda"))
+    histories = [fit(trainer, data(), data(50)) for trainer in trainers]
     for on_cpu, on_gpu in zip(*histories, strict=True):
         assert on_gpu.train_bound == pytest.approx(on_cpu.train_bound, rel=1e-4)
         assert on_gpu.test_bound == pytest.approx(on_cpu.test_bound, rel=1e-4)
@@ -802,8 +810,9 @@ def test_a_gpu_gives_the_history_of_the_cpu() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_a_stream_gives_the_parameters_of_the_array() -> None:
-    array, stream = small_trainer(device="cuda"), small_trainer(device="cuda")
+@ON_A_GPU
+def test_on_a_gpu_a_stream_gives_the_parameters_of_the_array(engine: str) -> None:
+    array, stream = (small_trainer(device="cuda", engine=engine) for _ in range(2))
     fit(array)
     fit(stream, as_stream(data()))
     assert np.isclose(stream.history.last.train_bound, array.history.last.train_bound, rtol=1e-5)

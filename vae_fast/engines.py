@@ -385,9 +385,7 @@ def make_engine(
     if name != "modules":
         why_not = native.why_not(program, precision)
         if why_not is None and name == "auto" and device.type == "cuda":
-            why_not = (
-                "its step on CUDA has been emulated, and not yet run on a GPU; engine='native' asks for it"
-            )
+            why_not = "on CUDA no trainer has been run with it yet; engine='native' asks for it"
         if why_not is None:
             engine = native.NativeEngine(program, precision)
             return (
