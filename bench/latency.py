@@ -1,6 +1,8 @@
 """What waiting, broadcasting and making noise cost on a GPU: compiles and runs latency.cu and normals.cu.
 
-python -m bench.latency [--out DIR] [--seconds S]
+python -m bench.latency [--out DIR] [--seconds S] [--only PROGRAM ...]
+
+--only tiles: a training step's large products in tiles of many shapes, tiles.cu, for whoever seeks a better one.
 
 Needs nvcc and a GPU, nothing else: no torch. Every section is a process of its own with its own time limit,
 so that one that traps or hangs takes no other with it.
@@ -24,7 +26,9 @@ BUILD = machine.ROOT / "build/bench"  # ignored by git
 PROGRAMS = {
     "latency": ("c++17", ["barriers", "handoff", "clusters", "graph", "broadcast"]),
     "normals": ("c++20", [""]),
+    "tiles": ("c++20", [""]),
 }
+USUAL = ("latency", "normals")
 SECONDS = 40.0  # for one section
 
 
@@ -83,14 +87,15 @@ def run_section(binary: Path, section: str, seconds: float) -> tuple[list[dict[s
     return parse(output), failure
 
 
-def run(seconds: float, command: str) -> dict[str, Any]:
+def run(seconds: float, command: str, programs: Sequence[str] = USUAL) -> dict[str, Any]:
     """Everything, within about ``seconds``; what failed and what was left out stands in "failures"."""
     end = time.monotonic() + seconds
     arch = gpu_arch()
     nvcc = machine.output(resources.find_nvcc() or "nvcc", "--version").splitlines()
     result: dict[str, Any] = {**machine.describe(command), "machine": "no GPU", "lines": [], "failures": []}
     result["nvcc"] = nvcc[-1] if nvcc else None
-    for program, (_, sections) in PROGRAMS.items():
+    for program in programs:
+        _, sections = PROGRAMS[program]
         try:
             binary = build(program, arch)
         except RuntimeError as error:
@@ -129,10 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=120, help="for all, compiling included")
+    parser.add_argument("--only", nargs="+", choices=list(PROGRAMS), default=USUAL, metavar="PROGRAM")
     parser.add_argument("--out", type=Path, help="a folder for latency.json")
     arguments = parser.parse_args(argv)
     try:
-        result = run(arguments.seconds, " ".join(["python -m bench.latency", *argv]))
+        command = " ".join(["python -m bench.latency", *argv])
+        result = run(arguments.seconds, command, arguments.only)
     except RuntimeError as error:
         raise SystemExit(str(error)) from error
     for row in rows(result):

@@ -2,6 +2,7 @@
 
 python -m bench.native_step [--out DIR] [--quick]    writes DIR/native_step.json and native_step.txt
 python -m bench.native_step --once                   small networks of every kind, for compute-sanitizer
+python -m bench.native_step --timeline               where the microseconds of a step go, launch by launch
 
 Right: the paper's model on MNIST, exact and fast, against the reference engine in float64 on the same GPU,
 with the same seed, order and noise. The exit status is 1 where `exact` strays by more than 0.05 nat in the
@@ -15,6 +16,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -182,6 +184,44 @@ def measure(
     }
 
 
+def timeline(data: Tensor, precision: str, models: int = 1) -> list[tuple[str, float, float]]:
+    """The launches of a step in their order: kernel, microseconds from the end of the launch ahead to its own
+    end, and from its own beginning on; medians of steps in a graph, by torch's profiler, which adds a little.
+    """
+    n = 40
+    step, _ = make_step([paper_model()] * models, data, precision=precision, most_steps=n)
+    steps = steps_of(len(data), 100, 0, n, models)
+    for _ in range(2):
+        step.run(*steps, [0] * models)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step.run(*steps, [0] * models)
+        torch.cuda.synchronize()
+    results = profile.profiler.kineto_results
+    events = [(e.start_ns(), e.duration_ns(), e.name()) for e in results.events() if "kernel" in e.name()]
+    return by_launch(sorted(events))
+
+
+def by_launch(events: Sequence[tuple[int, int, str]]) -> list[tuple[str, float, float]]:
+    """See :func:`timeline`; of (start, duration, name), nanoseconds, by start. A step ends with an update."""
+    found: dict[int, tuple[str, list[float], list[float]]] = {}
+    place, end = None, 0
+    for start, duration, name in events:
+        kernel = re.search(r"update_kernel|prepare_kernel|advance_kernel|(\w+)>\(", name)
+        short = (kernel[1] or kernel[0]) if kernel else name
+        if short in ("prepare_kernel", "advance_kernel"):
+            place = None  # the first launch of a graph waits for these
+        elif place is not None:
+            _, gone, own = found.setdefault(place, (short, [], []))
+            gone.append((start + duration - end) / 1e3)
+            own.append(duration / 1e3)
+        end = max(end, start + duration)
+        if short == "update_kernel":
+            place = 0
+        elif place is not None:
+            place += 1
+    return [(name, statistics.median(gone), statistics.median(own)) for name, gone, own in found.values()]
+
+
 def once(device: torch.device) -> int:
     """Networks of every kind, small and with tails, a few steps of each; how many."""
     import vae_fast as vf
@@ -230,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="a folder")
     parser.add_argument("--once", action="store_true", help="small networks only, untimed")
+    parser.add_argument("--timeline", action="store_true", help="where the time of a step goes")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -243,6 +284,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     train, _ = vf.datasets.mnist()
     data = torch.as_tensor(train).reshape(len(train), 784).to(device)
+    if arguments.timeline:
+        for precision in ("exact", "fast"):
+            print(f"{precision}: microseconds after the launch ahead, and of its own")
+            for name, gone, own in timeline(data, precision):
+                print(f"  {name:<16} {gone:6.2f} {own:6.2f}")
+        return 0
     strays = check(data, 300 if arguments.quick else 600)
     for name, stray in check(data, 20, 2048, accumulate_steps=0).items():  # in large tiles
         strays[f"{name}, batch 2048"] = stray

@@ -23,6 +23,7 @@ from bench import (
     latency,
     linear_bernoulli,
     machine,
+    native_step,
     operators,
     report,
     resources,
@@ -45,6 +46,22 @@ def test_no_variant_of_any_operator_fails(op: operators.Operator, dtype: torch.d
     for line in lines:
         assert line["variants"].keys() == {"ours", "eager", "copy", *op.rivals}
         assert all(variant["median"] > 0 for variant in line["variants"].values())
+
+
+def test_the_launches_of_a_step_are_told_apart_however_they_overlap() -> None:
+    engine = "void vae_fast::engine::(anonymous namespace)::"
+    product = engine + "product_kernel<(vae_fast::engine::Precision)0, true, vae_fast::engine::{0}>({0})"
+    names = [product.format(name) for name in ("ActivateHidden", "DrawLatents")]
+    names.append(engine + "update_kernel<(vae_fast::engine::Precision)0>(Jobs)")
+    events, end = [(0, 900, engine + "prepare_kernel(Prepare)")], 1000
+    for name, took in zip(names * 4, (8000, 4000, 9000) * 4, strict=True):
+        events.append((end - 500, took + 500, name))  # begins before the launch ahead of it has ended
+        end += took
+    assert native_step.by_launch(events) == [
+        ("ActivateHidden", 8.0, 8.5),
+        ("DrawLatents", 4.0, 4.5),
+        ("update_kernel", 9.0, 9.5),
+    ]
 
 
 def test_the_fused_last_layer_is_timed_and_weighed_against_the_two_apart() -> None:
