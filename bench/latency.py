@@ -2,7 +2,7 @@
 
 python -m bench.latency [--out DIR] [--seconds S] [--only PROGRAM ...]
 
---only tiles: a training step's large products in tiles of many shapes, tiles.cu, for whoever seeks a better one.
+--only tiles: a training step's large products in tiles of many shapes (tiles.cu), to find better ones.
 
 Needs nvcc and a GPU, nothing else: no torch. Every section is a process of its own with its own time limit,
 so that one that traps or hangs takes no other with it.
