@@ -453,17 +453,17 @@ def paper_bound(p: Parameters, x: Tensor, eps: Tensor) -> Tensor:
 
 
 def reference(work: Work, source: Draws, seed: int, steps: int) -> Parameters:
-    """The same training in float64; source in float64."""
+    """The same training by the paper's formulas, in the dtype of source; float64 is the judge."""
     torch.manual_seed(seed)
     start = initial(source.data.shape[1], work.hidden, seed)
-    parameters = {name: p.double().to(source.data.device).requires_grad_() for name, p in start.items()}
+    parameters = {name: p.to(source.data).requires_grad_() for name, p in start.items()}
     update = Update(work.optimizer, parameters)
     for _ in range(steps):
         loss = -paper_bound(parameters, *source.draw()).mean()
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         with torch.no_grad():
             update(parameters, dict(zip(parameters, gradients, strict=True)))
-    return {name: p.detach().cpu() for name, p in parameters.items()}
+    return {name: p.detach().double().cpu() for name, p in parameters.items()}
 
 
 def bound(parameters: Parameters, x: Tensor) -> float:
@@ -478,22 +478,41 @@ def distance(
 ) -> float:
     """How far the rival's parameters end from float64's, over the way that float64's went, after steps on one
     minibatch and noise; or on the rival's own if it can tell them (``draws``)."""
-    x = data[: work.batch]
-    eps = torch.randn((work.batch, LATENT), generator=torch.Generator().manual_seed(3)).to(data.device)
-    rival = make(name, work, Source(data, work.batch, (x, eps)), 0, steps, makers)
+    given = one_minibatch(work, data)
+    rival = make(name, work, given, 0, steps, makers)
     rival.run(steps // rival.unit)
     rival.finish()
-    draws: Callable[[], Draws] = getattr(
-        rival, "draws", lambda: Source(data.double(), work.batch, (x.double(), eps.double()))
-    )
-    exact = reference(work, draws(), 0, steps)
-    got, start = rival.result(), initial(data.shape[1], work.hidden, 0)
+    draws: Callable[[], Draws] = getattr(rival, "draws", lambda: in_double(given))
+    return apart(rival.result(), reference(work, draws(), 0, steps), work)
+
+
+def rounding(work: Work, data: Tensor, *, steps: int = 2 * GRAPH_STEPS) -> float:
+    """``distance`` of the paper's formulas in float32, which no rival can be held to: on one minibatch twenty
+    steps of Adagrad magnify a difference a thousandfold.
+    """
+    given = one_minibatch(work, data)
+    return apart(reference(work, given, 0, steps), reference(work, in_double(given), 0, steps), work)
+
+
+def one_minibatch(work: Work, data: Tensor) -> Source:
+    eps = torch.randn((work.batch, LATENT), generator=torch.Generator().manual_seed(3)).to(data.device)
+    return Source(data, work.batch, (data[: work.batch], eps))
+
+
+def in_double(source: Source) -> Source:
+    assert source.given is not None
+    x, eps = source.given
+    return replace(source, data=source.data.double(), given=(x.double(), eps.double()))
+
+
+def apart(got: Parameters, exact: Parameters, work: Work) -> float:
+    start = initial(exact["w1"].shape[1], work.hidden, 0)
     wrong = sum(float((got[key] - exact[key]).square().sum()) for key in exact)
     way = sum(float((exact[key] - start[key].double()).square().sum()) for key in exact)
     return (wrong / way) ** 0.5
 
 
-# Measured at most 5e-5; with any term of a formula missing it is of order 1.
+# With any term of a formula missing it is of order 1.
 MAX_DISTANCE = 2e-3
 
 
@@ -511,7 +530,7 @@ def check(
 ) -> dict[str, Any]:
     """Follows each rival as the head of this file says. It is right when its mean bound over ``seeds`` lies
     within two standard deviations (of single seeds) of that of float64, and its distance is at most
-    ``farthest`` of its name."""
+    ``farthest`` of its name, or twice that of plain float32."""
 
     def summary(bounds: Sequence[float]) -> dict[str, Any]:
         values = torch.tensor(bounds, dtype=torch.float64)
@@ -521,7 +540,9 @@ def check(
     found = [bound(reference(work, double, seed, steps), test) for seed in range(reference_seeds)]
     del double
     exact = summary(found)
+    plain = rounding(work, train)
     result: dict[str, Any] = {"work": asdict(work), "steps": steps, "reference": exact, "rivals": {}}
+    result["float32_distance"] = plain
     for name in chosen:
         try:
             bounds = []
@@ -533,9 +554,8 @@ def check(
                 bounds.append(bound(rival.result(), test))
             line = summary(bounds)
             line["distance"] = distance(name, work, train, makers=makers)
-            line["right"] = abs(line["mean"] - exact["mean"]) <= 2 * exact["sd"] and line[
-                "distance"
-            ] <= farthest(name)
+            near = line["distance"] <= max(farthest(name), 2 * plain)
+            line["right"] = near and abs(line["mean"] - exact["mean"]) <= 2 * exact["sd"]
         except Exception as error:
             line = {"error": _describe(error), "right": False}
         result["rivals"][name] = line
