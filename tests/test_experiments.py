@@ -73,6 +73,54 @@ def test_a_curve_that_was_killed_goes_on_bit_for_bit(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_curves_side_by_side_are_those_of_their_own_training_killed_between_two_of_them_too(
+    data: curves.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [tiny("mnist-3"), tiny("mnist-5")]
+    alone = advance(tmp_path / "alone", data, *wanted)
+    monkeypatch.setattr(curves, "_side_by_side", lambda jobs, device, engine: [jobs] if jobs else [])
+    assert advance(tmp_path / "together", data, *wanted) == alone
+    saved, save = [], Trainer.save
+
+    def killed(trainer: Trainer, path: Path) -> None:
+        saved.append(path)
+        if len(saved) == 4:  # the first curve is a point ahead
+            raise KeyboardInterrupt
+        save(trainer, path)
+
+    monkeypatch.setattr(Trainer, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        advance(tmp_path / "cut", data, *wanted)
+    monkeypatch.setattr(Trainer, "save", save)
+    assert advance(tmp_path / "cut", data, *wanted) == alone
+    for curve in wanted:
+        models = [curves.model(curve, tmp_path / name) for name in ("alone", "together", "cut")]
+        for other in models[1:]:
+            assert all(map(torch.equal, models[0].parameters(), other.parameters()))
+
+
+def test_on_a_gpu_the_native_engine_trains_models_that_differ_in_their_latents_at_once(
+    data: curves.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def grouped(jobs: Any, device: str, engine: str) -> list[Any]:
+        asked.append((device, engine))
+        return []
+
+    real = curves._side_by_side
+    monkeypatch.setattr(curves, "_side_by_side", grouped)
+    advance(tmp_path, data, device="cuda:0", engine="native")
+    assert asked == [("cuda:0", "native")]
+    train, test = data["mnist"]
+    jobs = [
+        curves._Job(tiny(panel, algorithm), tmp_path, train, test, [], STOPS)
+        for panel, algorithm in (("mnist-3", "aevb"), ("mnist-3", "wake-sleep"), ("mnist-5", "aevb"))
+    ]
+    assert real(jobs, "cuda:0", "native") == [[jobs[0], jobs[2]], [jobs[1]]]
+    assert real(jobs, "cuda:0", "auto") == real(jobs, "cpu", "native") == [[job] for job in jobs]
+
+
 def test_a_finished_curve_is_not_trained_again_and_more_samples_go_on_with_it(
     data: curves.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ from ..datasets import Prepared
 from ..nn import VAE
 from ..presets import Preset
 from ..report import write_atomically
+from ..sweep import sweep
 from ..trainer import Trainer
 
 FULL = 100_000_000  # training samples of the paper's figure 2, scale 1
@@ -151,9 +152,10 @@ def advance(
     progress: bool = True,
     draw_only: bool = False,
 ) -> dict[tuple[str, str], list[Point]]:
-    """Trains what is missing of the curves, one after the other; all their points, by (panel, algorithm).
+    """Trains what is missing of the curves; all their points, by (panel, algorithm).
 
-    With ``draw_only`` nothing is trained and nothing written: a curve that has not begun has no points.
+    One after the other, but for those that the native engine can train side by side on a GPU. With
+    ``draw_only`` nothing is trained and nothing written: a curve that has not begun has no points.
 
     Raises:
         CurveError: the folder holds another curve of that name; or with ``draw_only``, none of them.
@@ -161,7 +163,7 @@ def advance(
     """
     stops = points_to(samples, first)
     found: dict[tuple[str, str], list[Point]] = {}
-    jobs = []
+    jobs: list[_Job] = []
     for curve in curves:
         folder = out / "curves" / curve.name
         train, test = data[curve.data]
@@ -172,13 +174,13 @@ def advance(
         found[curve.panel, curve.algorithm] = points
         own = [stop for stop in stops if curve.has_point(stop)]
         if not draw_only and own and (not points or points[-1].samples < own[-1]):
-            jobs.append((curve, folder, train, test, points, own))
+            jobs.append(_Job(curve, folder, train, test, points, own))
     if draw_only and not any(found.values()):
         raise CurveError(f"{out}: found none of the curves, wanted one or more to draw")
-    total = sum(own[-1] - (points[-1].samples if points else 0) for *_, points, own in jobs)
+    total = sum(job.stops[-1] - job.done for job in jobs)
     with _Progress(total, progress) as bar:
-        for curve, folder, train, test, points, own in jobs:
-            _train(curve, folder, train, test, points, own, evaluate, seed, device, engine, bar)
+        for alike in _side_by_side(jobs, device, engine):
+            _train(alike, evaluate, seed, device, engine, bar)
     return found
 
 
@@ -216,57 +218,95 @@ def unfinished(points: Mapping[tuple[str, str], Sequence[Point]], samples: int) 
     return [f"Trained for fewer than {stop:,} samples: {', '.join(short)}."] if short else []
 
 
-# ---- one curve ---------------------------------------------------------------------------------------------
+# ---- the training ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A curve that has not come to the last of its stops."""
+
+    curve: Curve
+    folder: Path
+    train: Prepared
+    test: Prepared
+    points: list[Point]
+    stops: Sequence[int]
+
+    @property
+    def done(self) -> int:
+        return self.points[-1].samples if self.points else 0
+
+
+def _side_by_side(jobs: Sequence[_Job], device: str, engine: str) -> list[list[_Job]]:
+    """The jobs in groups that are trained at once: on a GPU models that differ in their latents alone."""
+    groups: dict[Any, list[_Job]] = {}
+    for job in jobs:
+        key: Any = job.curve.name
+        if device.startswith("cuda") and engine == "native" and job.curve.algorithm != "mcem":
+            key = job.curve.algorithm, job.curve.data, job.curve.rows, job.done, tuple(job.stops)
+        groups.setdefault(key, []).append(job)
+    return list(groups.values())
 
 
 def _train(
-    curve: Curve,
-    folder: Path,
-    train: Prepared,
-    test: Prepared,
-    points: list[Point],
-    stops: Sequence[int],
-    evaluate: Evaluate,
-    seed: int,
-    device: str,
-    engine: str,
-    bar: _Progress,
+    jobs: Sequence[_Job], evaluate: Evaluate, seed: int, device: str, engine: str, bar: _Progress
 ) -> None:
-    trainer = _trainer(curve, seed, device, engine)
-    path = folder / CHECKPOINT
-    if path.exists():
-        trainer.resume(path)
-    # A checkpoint is written before its point: where one is missing, it is the last.
-    points[:] = [point for point in points if curve.datapoints(point.samples) <= trainer.samples_seen]
-    train, test = train.to(trainer.device), test.to(trainer.device)
-    for stop in stops:
-        done = points[-1].samples if points else 0
+    """Of several jobs all data and stops are the same."""
+    trainers = [_trainer(job.curve, seed, device, engine) for job in jobs]
+    for job, trainer in zip(jobs, trainers, strict=True):
+        if (job.folder / CHECKPOINT).exists():
+            trainer.resume(job.folder / CHECKPOINT)
+        # A checkpoint is written before its point: where one is missing, it is the last.
+        job.points[:] = [p for p in job.points if job.curve.datapoints(p.samples) <= trainer.samples_seen]
+    if len({(trainer.samples_seen, job.done) for job, trainer in zip(jobs, trainers, strict=True)}) > 1:
+        for job in jobs:  # killed between the checkpoint of one and that of another
+            _train([job], evaluate, seed, device, engine, bar)
+        return
+    first, lead = jobs[0], trainers[0]
+    train, test = first.train.to(lead.device), first.test.to(lead.device)
+    for stop in first.stops:
+        done = first.done
         if stop <= done:
             continue
-        target, save_every = curve.datapoints(stop), max(1, SAVE_EVERY // curve.passes)
-        while trainer.samples_seen < target:
-            before = trainer.samples_seen
+        target, save_every = first.curve.datapoints(stop), max(1, SAVE_EVERY // first.curve.passes)
+        while lead.samples_seen < target:
+            before = lead.samples_seen
             end = min(target, (before // save_every + 1) * save_every)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message="train: these are not the data")
-                trainer.fit(
-                    train, max_samples=end - before, report_every=end, checkpoint=path, progress=False
-                )
-            bar.update((trainer.samples_seen - before) * curve.passes)
-        if trainer.samples_seen > target:
+            _go_on(jobs, trainers, train, end)
+            bar.update((lead.samples_seen - before) * first.curve.passes * len(jobs))
+        if lead.samples_seen > target:
             raise CurveError(
-                f"{folder}: found a checkpoint at {trainer.samples_seen * curve.passes:,} samples and no "
-                f"point at {stop:,}, wanted all points up to it in {POINTS}; remove the folder to train this "
-                "curve anew"
+                f"{first.folder}: found a checkpoint at {lead.samples_seen * first.curve.passes:,} samples "
+                f"and no point at {stop:,}, wanted all points up to it in {POINTS}; remove the folder to "
+                "train this curve anew"
             )
-        point = Point(stop, *evaluate(trainer, train, test, _online(trainer, curve.datapoints(done))))
-        points.append(point)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(Point.__dataclass_fields__), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in points)
-        write_atomically(folder / POINTS, text.getvalue().encode())
-        bar.say(curve, point)
+        for job, trainer in zip(jobs, trainers, strict=True):
+            online = _online(trainer, job.curve.datapoints(done))
+            job.points.append(Point(stop, *evaluate(trainer, train, test, online)))
+            _write_points(job.folder, job.points)
+            bar.say(job.curve, job.points[-1])
+
+
+def _go_on(jobs: Sequence[_Job], trainers: Sequence[Trainer], train: Prepared, end: int) -> None:
+    """To ``end`` datapoints, and a checkpoint of each."""
+    samples = end - trainers[0].samples_seen
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="train: these are not the data")
+        if len(jobs) == 1:
+            path = jobs[0].folder / CHECKPOINT
+            trainers[0].fit(train, max_samples=samples, report_every=end, checkpoint=path, progress=False)
+            return
+        sweep(trainers, train, max_samples=samples, report_every=end, progress=False)
+    for job, trainer in zip(jobs, trainers, strict=True):
+        trainer.save(job.folder / CHECKPOINT)
+
+
+def _write_points(folder: Path, points: Sequence[Point]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(Point.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in points)
+    write_atomically(folder / POINTS, text.getvalue().encode())
 
 
 def _trainer(curve: Curve, seed: int, device: str, engine: str) -> Trainer:
