@@ -40,8 +40,10 @@ def build(program: str, arch: str) -> Path:
     if nvcc is None:
         raise RuntimeError("nvcc: not on PATH and not in CUDA_HOME, wanted a CUDA toolkit")
     BUILD.mkdir(parents=True, exist_ok=True)
-    binary = BUILD / program
-    if binary.exists() and binary.stat().st_mtime > (machine.ROOT / f"bench/{program}.cu").stat().st_mtime:
+    binary = BUILD / f"{program}-{arch}"
+    read = [path for folder in ("bench", "csrc") for path in (machine.ROOT / folder).rglob("*.[ci]*")]
+    read += (machine.ROOT / "csrc").rglob("*.h")
+    if binary.exists() and binary.stat().st_mtime > max(path.stat().st_mtime for path in read):
         return binary
     # Not -arch: machine code for this GPU alone.
     gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"

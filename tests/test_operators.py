@@ -530,6 +530,17 @@ def test_an_unknown_instruction_set_is_refused():
     assert done.returncode != 0 and 'VAE_FAST_CPU_CAPABILITY: got "sse9", wanted' in done.stderr
 
 
+@pytest.mark.parametrize("logvar", [87.0, 87.6, 88.5])
+def test_a_variance_near_the_largest_float_keeps_the_quadratic_term(
+    logvar: float, device: torch.device
+) -> None:
+    x = torch.full((2, 5), 1e20, device=device)
+    mean, logvars = torch.zeros_like(x), torch.full_like(x, logvar)
+    found = vf.gaussian_log_likelihood(mean, logvars, x, reduction="none")
+    exact = vf.reference.gaussian_log_likelihood(mean.double(), logvars.double(), x.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; run `python -m bench.gpu` where there is one"

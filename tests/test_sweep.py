@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from test_native import StandIn
 from torch import Tensor
 
 import vae_fast as vf
-from vae_fast import _C, native
+from vae_fast import _C, checkpoint, native
 
 
 def data(count: int = 230) -> Tensor:
@@ -54,6 +55,20 @@ def test_it_goes_on_where_it_stopped() -> None:
     for ours, theirs in zip(twice, once, strict=True):
         for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_checkpoints_are_those_of_fit(tmp_path: Path) -> None:
+    together, alone = trainers()[:2], trainers()[:2]
+    files = [tmp_path / f"together{i}" for i in range(2)]
+    vf.sweep(together, data(), max_samples=500, report_every=300, checkpoints=files, progress=False)
+    for i, trainer in enumerate(alone):
+        trainer.fit(data(), max_samples=500, report_every=300, checkpoint=tmp_path / "own", progress=False)
+        one, two = (checkpoint.load(file) for file in (files[i], tmp_path / "own"))
+        assert one[0].keys() == two[0].keys()
+        assert all(torch.equal(one[0][name], two[0][name]) for name in one[0])
+        assert one[1]["data"] == two[1]["data"] is not None  # what another set of data is told by
+    with pytest.raises(ValueError, match="checkpoints: got 1 files, wanted 2"):
+        vf.sweep(trainers()[:2], data(), max_samples=10, checkpoints=files[:1])
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -212,16 +212,16 @@ class NativeEngine(AutogradEngine):
         asked = self.next_step, n_steps
         found = self._ahead.pop(asked).result() if asked in self._ahead else self._drawn(*asked)
         self._ahead.clear()
-        if len(found[1]) < n_steps:
-            have = len(found[1])
-            raise ValueError(f"n_steps: got {n_steps}, but the stream has only {have} minibatches left")
         return found
 
     def _drawn(self, first_step: int, n_steps: int) -> Minibatches:
         source = self._program.source
         sizes = source.sizes(first_step, n_steps)
-        rows = source.rows(first_step, len(sizes))
-        seeds = step_seeds(self._program.plan.seed, first_step, len(sizes), NOISE, BINARISE)
+        if len(sizes) < n_steps:
+            have = len(sizes)
+            raise ValueError(f"n_steps: got {n_steps}, but the stream has only {have} minibatches left")
+        rows = source.rows(first_step, n_steps)
+        seeds = step_seeds(self._program.plan.seed, first_step, n_steps, NOISE, BINARISE)
         return torch.from_numpy(rows).contiguous(), torch.from_numpy(sizes), torch.from_numpy(seeds)
 
     def draw_ahead(self, n_steps: int) -> None:

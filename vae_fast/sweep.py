@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ def sweep(
     *,
     max_samples: int,
     report_every: int | None = None,
+    checkpoints: Sequence[str | os.PathLike[str]] | None = None,
     progress: bool | str = True,
 ) -> list[History]:
     """Trains several models on the same data, each on ``max_samples`` more samples; their histories::
@@ -38,6 +40,7 @@ def sweep(
         trainers: of one or more models, each of which is in there once.
         train, test, max_samples, report_every, progress: as in :meth:`vae_fast.Trainer.fit`; ``train`` is an
             array, tensor or file.
+        checkpoints: a file for each trainer, written as ``fit`` writes its ``checkpoint``.
 
     Raises:
         ValueError: there is no trainer, one is in there twice, or two of them share a model.
@@ -50,10 +53,16 @@ def sweep(
     for what, objects in (("trainer", trainers), ("model", [trainer.model for trainer in trainers])):
         if len({id(one) for one in objects}) < len(trainers):
             raise ValueError(f"trainers: got the same {what} twice, wanted each once")
+    if checkpoints is not None and len(checkpoints) != len(trainers):
+        raise ValueError(f"checkpoints: got {len(checkpoints)} files, wanted {len(trainers)}: one each")
     if datasets.is_stream(train):
         raise TypeError(f"train: got a stream, {type(train).__name__}, wanted an array, a tensor or a file")
     shared = _Shared(train)
-    runs = [_Run(trainer, shared.of(trainer), test, max_samples, report_every) for trainer in trainers]
+    files: Sequence[str | os.PathLike[str] | None] = checkpoints or [None] * len(trainers)
+    runs = [
+        _Run(trainer, shared.of(trainer), test, max_samples, report_every, file)
+        for trainer, file in zip(trainers, files, strict=True)
+    ]
     with _Interrupt() as interrupt, _bar(max_samples * len(runs), progress) as bar:
         while active := [run for run in runs if not run.done]:
             before = sum(run.trainer.samples_seen for run in runs)
@@ -69,6 +78,8 @@ def sweep(
             if failed:
                 raise failed
             if interrupt.happened:
+                for run in runs:
+                    run.save()
                 raise KeyboardInterrupt(
                     f"stopped after {max(r.trainer.samples_seen for r in runs)} samples each"
                 )
@@ -95,10 +106,17 @@ class _Run:
     """One model's share of a sweep."""
 
     def __init__(
-        self, trainer: Trainer, train: Any, test: Any, max_samples: int, report_every: int | None
+        self,
+        trainer: Trainer,
+        train: Any,
+        test: Any,
+        max_samples: int,
+        report_every: int | None,
+        checkpoint: str | os.PathLike[str] | None,
     ) -> None:
-        self.trainer = trainer
-        self.source, self.engine, self.test = trainer._begin(train, test, max_samples, report_every, False)
+        self.trainer, self.checkpoint = trainer, checkpoint
+        remember = checkpoint is not None
+        self.source, self.engine, self.test = trainer._begin(train, test, max_samples, report_every, remember)
         self.native: native.NativeEngine | None = None
         if isinstance(self.engine, native.NativeEngine):
             self.native = self.engine
@@ -120,9 +138,14 @@ class _Run:
         until = min(self.end, self.next_report) - seen
         return self.source.sizes(self.trainer.step_count, self.engine.chunk_steps, until)
 
+    def save(self) -> None:
+        if self.checkpoint is not None:
+            self.trainer.save(self.checkpoint)
+
     def report_if_due(self) -> None:
         if self.trainer.samples_seen >= self.next_report or self.done:
             self.trainer._report(self.test)
+            self.save()
             self.next_report = self._after(self.trainer.samples_seen)
 
 

@@ -95,17 +95,19 @@ struct LogLikelihood {
       }
     }
     R sum{};
+    bool large = false;  // a variance whose inverse is no normal float, which the quotient takes for zero
     if constexpr (!kOneLogvar) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const R logvar = in.logvar.template get<R>(j);
+        large |= sizeof(R) == 4 && logvar > R(87.3);
         GaussianResidual<R> residual(in.mean.template get<R>(j), in.x.template get<R>(j), Math<R>::exp(logvar), R{});
         residual.s = Math<R>::quotient(residual.d, residual.v);
         const R term = residual.log_likelihood(logvar);
         sum += j < n ? term : R{};
       }
     }
-    if (kOneLogvar || sum != sum) {  // NaN is also what overflowed in the quotient, but not in a division
+    if (kOneLogvar || large || sum != sum) {  // NaN is also what overflowed in the quotient, but not in a division
       sum = R{};
 #pragma unroll
       for (int j = 0; j < N; ++j) {

@@ -296,9 +296,8 @@ def _go_on(jobs: Sequence[_Job], trainers: Sequence[Trainer], train: Prepared, e
             path = jobs[0].folder / CHECKPOINT
             trainers[0].fit(train, max_samples=samples, report_every=end, checkpoint=path, progress=False)
             return
-        sweep(trainers, train, max_samples=samples, report_every=end, progress=False)
-    for job, trainer in zip(jobs, trainers, strict=True):
-        trainer.save(job.folder / CHECKPOINT)
+        files = [job.folder / CHECKPOINT for job in jobs]
+        sweep(trainers, train, max_samples=samples, report_every=end, checkpoints=files, progress=False)
 
 
 def _write_points(folder: Path, points: Sequence[Point]) -> None:

@@ -237,6 +237,10 @@ struct Update {
 };
 int launch(const Update& args, const Way& way);
 
+// Whether the kernels that the device has loaded were compiled for sm_90 or later: those for less do not wait by
+// themselves, and must not overlap.
+bool can_overlap();
+
 // Moves the cursors of now's models on by `count` steps.
 int advance(int64_t* cursor, const Now& now, int64_t count, cudaStream_t stream);
 

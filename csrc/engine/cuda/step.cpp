@@ -110,13 +110,17 @@ class CudaStep {
     of_all.lr = models_[0].lr;
     const c10::cuda::CUDAGuard guard(data_.device());
     Gpu gpu = {};
-    int generation = 0;
     const int device = data_.get_device();
     check_cuda(cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device));
     check_cuda(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    check_cuda(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device));
     const char* wanted = std::getenv("VAE_FAST_CUDA_OVERLAP");  // 0: to measure what overlapping launches are worth
-    gpu.overlap = generation >= 9 && !(wanted && std::string(wanted) == "0");
+    gpu.overlap = can_overlap() && !(wanted && std::string(wanted) == "0");
+    int64_t widest = 2 * std::max(network.data_dim, most_latents);
+    for (int64_t width : network.encoder_hidden) widest = std::max(widest, width);
+    for (int64_t width : network.decoder_hidden) widest = std::max(widest, width);
+    const int64_t most = (int64_t{1} << 31) / (widest + 4) / objective.num_samples;  // kernels count them in 32 bits
+    TORCH_CHECK_VALUE(batch_size < most, "batch_size: got ", batch_size, ", wanted fewer than ", most,
+                      " with layers of ", widest, " numbers and ", objective.num_samples, " samples");
     schedule_ = std::make_unique<Schedule>(network, objective, of_all, described, precision, std::move(trained),
                                            batch_size, most_steps, gpu, [this](size_t bytes) {
                                              workspace_ = at::zeros({static_cast<int64_t>(bytes)},

@@ -353,6 +353,17 @@ int launch(const Update& args, const Way& way) {
                                            : launch_update<Precision::fast>(jobs, way);
 }
 
+#if !defined(VAE_FAST_CUDA_EMULATION)
+bool can_overlap() {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, advance_kernel) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return attributes.ptxVersion >= 90;  // what the source was translated for, also of code translated further on loading
+}
+#endif
+
 int advance(int64_t* cursor, const Now& now, int64_t count, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(1, 1, static_cast<unsigned>(now.models));
