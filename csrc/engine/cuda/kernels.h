@@ -19,10 +19,17 @@
 namespace vae_fast {
 namespace engine {
 
+// What models side by side need not have in common. Those with fewer latents than the largest are padded with latents
+// whose weights, biases, z, eps and gradients are zero, and stay so.
+struct Own {
+  double lr;
+  int64_t latents;
+  float beta;
+};
+
 // Which step a kernel does, and of how many models: those blocks whose z is m do model m, which has everything but the
 // data m model_bytes behind the first's. The cursor is moved on by `advance`, once for all steps of a graph; `offset`
 // is the step's place among them.
-struct Own;
 struct Now {
   const int64_t* cursor;  // [1]
   int64_t offset;
@@ -30,14 +37,6 @@ struct Now {
   const int64_t* seeds;  // [steps, 2]: noise, binarise
   int64_t models, model_bytes;
   const Own* own;  // [1]
-};
-
-// What models side by side need not have in common. Those with fewer latents than the largest are padded with latents
-// whose weights, biases, z, eps and gradients are zero, and stay so.
-struct Own {
-  double lr;
-  int64_t latents;
-  float beta;
 };
 
 struct MatrixOf {  // see Matrix in product.cuh; second is null where nothing is paired

@@ -520,13 +520,15 @@ int launch_product(const Product<Epilogue>& p, const Way& way) {
                                            : launch_shape<Precision::fast, Shape, kBByRow>(p, way);
 }
 
-// Products as wide as the latents are narrow always, lest padding change them.
+// Products as wide as the latents are narrow always, lest padding change them; on a GPU without room for that, Medium.
+template <bool kBByRow>
+bool narrow_fits(const Way& way) {
+  return static_cast<int64_t>(TileMemory<Narrow, true, kBByRow>::kBytes) <= way.shared_bytes;
+}
+
 template <bool kBByRow, class Epilogue>
 int launch_narrow(const Product<Epilogue>& p, const Way& way) {
-  if (static_cast<int64_t>(TileMemory<Narrow, true, kBByRow>::kBytes) > way.shared_bytes) {
-    return launch_product<Medium, kBByRow>(p, way);
-  }
-  return launch_product<Narrow, kBByRow>(p, way);
+  return narrow_fits<kBByRow>(way) ? launch_product<Narrow, kBByRow>(p, way) : launch_product<Medium, kBByRow>(p, way);
 }
 
 // The order of a sum goes by one model's size, so that a model's bits are the same alone and among others.
@@ -534,8 +536,8 @@ template <bool kBByRow, class Epilogue>
 int launch_product(const Product<Epilogue>& p, const Way& way) {
   if (fills<Wide>(1, p.cols, way)) return launch_product<Wide, kBByRow>(p, way);
   if (fills<Medium>(1, p.cols, way)) return launch_product<Medium, kBByRow>(p, way);
-  const bool narrow = static_cast<int64_t>(TileMemory<Narrow, true, kBByRow>::kBytes) <= way.shared_bytes;
-  if (narrow && fills<Broad>(p.now.models, p.cols, way)) return launch_product<Broad, kBByRow>(p, way);
+  if (narrow_fits<kBByRow>(way) && fills<Broad>(p.now.models, p.cols, way))
+    return launch_product<Broad, kBByRow>(p, way);
   return launch_narrow<kBByRow>(p, way);
 }
 
