@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from vae_fast.batches import MinibatchOrder, StreamSource, binarise, uniform_words
+from vae_fast.batches import MinibatchOrder, StreamSource, binarise, order_of, uniform_words
 from vae_fast.datasets import DataError
-from vae_fast.estimators import GOLDEN, ORDER, splitmix64, step_seed
+from vae_fast.estimators import GOLDEN, ORDER, splitmix64, step_seed, step_seeds
 
 
 def word(seed: int, k: int) -> int:
@@ -50,6 +50,23 @@ def test_the_shuffle_is_its_documented_formula() -> None:
         wanted = sorted(range(23), key=lambda r, s=s: (word(s, r), r))
         rows = order.rows(epoch * 5, 5).ravel()[:23]
         assert rows.tolist() == wanted
+
+
+@pytest.mark.parametrize("seed", [0, -8, 2**63 - 1, 2**64 + 5])
+def test_the_seeds_of_steps_are_their_documented_formula(seed: int) -> None:
+    found = step_seeds(seed, 7, 3, ORDER, 16)
+    for i, step in enumerate(range(7, 10)):
+        for j, stream in enumerate((ORDER, 16)):
+            wanted = splitmix64(seed + (step + 1) * GOLDEN + stream * 0xD1B54A32D192ED03)
+            assert int(found[i, j]) % 2**64 == wanted
+            assert step_seed(seed, step, stream) == found[i, j]
+
+
+@pytest.mark.parametrize("bits", [64, 9, 3])  # few: equal keys, and keys that differ in their low bits alone
+def test_rows_are_ordered_by_key_and_then_by_number(bits: int) -> None:
+    for count in (0, 1, 2, 300):
+        keys = np.random.default_rng(count).integers(0, 2**bits - 1, count, dtype=np.uint64, endpoint=True)
+        assert order_of(keys).tolist() == sorted(range(count), key=lambda i, keys=keys: (keys[i], i))
 
 
 def test_drawing_with_replacement_is_its_documented_formula() -> None:

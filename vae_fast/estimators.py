@@ -59,8 +59,7 @@ def step_seed(seed: int, step: int, stream: int = NOISE) -> int:
     All arithmetic is modulo 2**64; the result is the signed int64 that holds those bits, so that it fits a
     tensor.
     """
-    mixed = splitmix64(seed + (step + 1) * GOLDEN + stream * _STREAM)
-    return mixed - 2**64 if mixed >= 2**63 else mixed
+    return int(step_seeds(seed, step, 1, stream)[0, 0])
 
 
 def step_seeds(seed: int, first_step: int, n_steps: int, *streams: int) -> NDArray[np.int64]:
