@@ -41,8 +41,7 @@ def build(program: str, arch: str) -> Path:
         raise RuntimeError("nvcc: not on PATH and not in CUDA_HOME, wanted a CUDA toolkit")
     BUILD.mkdir(parents=True, exist_ok=True)
     binary = BUILD / f"{program}-{arch}"
-    read = [path for folder in ("bench", "csrc") for path in (machine.ROOT / folder).rglob("*.[ci]*")]
-    read += (machine.ROOT / "csrc").rglob("*.h")
+    read = [*(machine.ROOT / "bench").glob("*.cu*"), *(machine.ROOT / "csrc").rglob("*.*")]
     if binary.exists() and binary.stat().st_mtime > max(path.stat().st_mtime for path in read):
         return binary
     # Not -arch: machine code for this GPU alone.

@@ -47,9 +47,9 @@ constexpr int64_t kWholeRow = kWideRows[0], kSegment = kWideRows[1], kMaxSegment
 #endif
 constexpr int64_t kMaxGrid[] = {VAE_FAST_MAX_GRID};
 
-// Threads that share a row, by the number of chunks in it: about one to eight chunks for each. Where 64 threads have
-// four chunks each, many rows take 10 % less time than with 128; but 784 floats are 196 chunks, and 128 such rows,
-// which leave most of a GPU idle, take 30 % more.
+// Threads that share a row, by the number of chunks in it: about one to eight chunks for each. 64 threads have four
+// chunks each of 1024 floats; but 784 floats are 196 chunks, and of 128 such rows, which leave most of a GPU idle, 128
+// threads are done sooner: 3.6 us against 4.7 on an H200, between kernels that differed in their registers too.
 struct RowWidth {
   int64_t chunks;  // at most
   int threads;
