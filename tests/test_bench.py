@@ -343,7 +343,8 @@ def test_the_check_tells_right_rivals_from_wrong_ones(monkeypatch: pytest.Monkey
     assert checked["rivals"]["broken"]["error"] == "RuntimeError: no such kernel"
     assert checked["rivals"]["still"]["distance"] == pytest.approx(1)
     rows = rivals.check_rows({"checks": [checked]})
-    assert [row[-1] for row in rows[1:]] == ["", "yes", "NO", "NO", "RuntimeError: no such kernel"]
+    assert [row[-1] for row in rows[1:]] == ["", "", "yes", "NO", "NO", "RuntimeError: no such kernel"]
+    assert 0 < checked["float32_distance"] < rivals.MAX_DISTANCE
 
 
 def test_rivals_are_timed_per_step_and_one_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
