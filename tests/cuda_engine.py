@@ -31,7 +31,7 @@ FLAGS = (
     "-fsanitize-undefined-trap-on-error",
 )
 
-ACTIVATIONS = ("tanh", "relu")
+ACTIVATIONS = ("tanh", "relu", "softplus")
 LIKELIHOODS = ("bernoulli", "gaussian", "gaussian_sigmoid_mean")
 ESTIMATORS = ("sgvb_b", "sgvb_a", "wake_sleep")
 OPTIMIZERS = ("sgd", "adagrad", "adam", "adamw")

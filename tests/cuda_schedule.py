@@ -27,7 +27,12 @@ TILES = {
     )
 }
 
-
+# Name to (of what comes in, its derivative from what comes out)
+ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "tanh": (np.tanh, lambda out: 1 - out**2),
+    "relu": (lambda a: np.maximum(a, 0), lambda out: np.where(out > 0, 1.0, 0.0)),
+    "softplus": (lambda a: np.logaddexp(0, a), lambda out: -np.expm1(-out)),
+}
 (PART_COLS,) = (int(cols) for cols in re.findall(r"kPartCols = (\d+);", PRODUCT.read_text(encoding="utf-8")))
 
 
@@ -144,7 +149,7 @@ class Twin:
             elif out == "decoder.output":
                 yield from self.output(r, c, value, size)
             else:
-                yield out, (r, c), np.tanh(value) if self.activation == "tanh" else np.maximum(value, 0)
+                yield out, (r, c), ACTIVATIONS[self.activation][0](value)
 
         return Launch(
             f"forward {out}",
@@ -199,7 +204,7 @@ class Twin:
 
         def epilogue(r: slice, c: slice, sums: Array) -> Writes:
             a = memory[source][r, c]
-            yield f"grad {source}", (r, c), sums * (1 - a**2 if self.activation == "tanh" else a > 0)
+            yield f"grad {source}", (r, c), sums * ACTIVATIONS[self.activation][1](a)
 
         return Launch(
             f"backward {out}",

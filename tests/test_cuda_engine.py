@@ -23,7 +23,7 @@ from vae_fast.batches import ArraySource
 from vae_fast.datasets import Prepared
 from vae_fast.engines import AutogradEngine, Plan, StepProgram
 from vae_fast.estimators import BINARISE, NOISE, step_seed
-from vae_fast.nn import VAE, MLPDecoder, MLPEncoder
+from vae_fast.nn import ACTIVATIONS, VAE, MLPDecoder, MLPEncoder
 from vae_fast.optim import make_optimizer
 
 pytestmark = pytest.mark.slow
@@ -60,6 +60,9 @@ CASES = {
     "the paper's model": Case(784, (500,), (500,), 20, batch_size=5, steps=2, kind="binary"),
     "widths of fours": Case(16, (20,), (20,), 4),
     "two hidden layers, ReLU": Case(30, (40, 12), (7, 33), 6, activation="relu", batch_size=35, count=80),
+    "two hidden layers, softplus": Case(
+        30, (40, 13), (7, 33), 6, activation="softplus", batch_size=35, count=80, weight_prior=True
+    ),
     "no hidden layers": Case(encoder_hidden=(), decoder_hidden=()),
     "Gaussian": Case(likelihood="gaussian", data_dtype="f32", encoder_hidden=(70,)),
     "Gaussian, sigmoid mean": Case(likelihood="gaussian", mean_activation="sigmoid", num_samples=2),
@@ -100,6 +103,7 @@ WAKE_SLEEP = {
     "wake-sleep, Gaussian": Case(
         likelihood="gaussian", mean_activation="sigmoid", estimator="wake_sleep", latent_dim=20
     ),
+    "wake-sleep, softplus": Case(activation="softplus", estimator="wake_sleep", latent_dim=6),
     "wake-sleep, no hidden layers": Case(
         encoder_hidden=(), decoder_hidden=(), estimator="wake_sleep", likelihood="gaussian", logvar_scale=0.3
     ),
@@ -185,7 +189,7 @@ class Reference:
     def buffers(self) -> dict[str, NDArray[np.float64]]:
         """Of the first step, under the names of Schedule::lay_out; the optimizer takes none."""
         seen: dict[nn.Module, list[Tensor]] = {}
-        layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, nn.Tanh, nn.ReLU))]
+        layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, *ACTIVATIONS.values()))]
 
         def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             output.retain_grad()
@@ -547,6 +551,7 @@ def test_the_papers_model_takes_eight_launches_a_step(
 
 SCHEDULES = (
     "two hidden layers, ReLU",
+    "two hidden layers, softplus",
     "no hidden layers",
     "three samples",
     "SGVB-A, three samples",

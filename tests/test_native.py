@@ -79,6 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no hidden layer": {"hidden_dims": []},
     "one unit and one latent": {"hidden_dims": [1], "latent_dim": 1},
     "relu": {"activation": "relu"},
+    "softplus": {"activation": "softplus", "hidden_dims": [19, 33]},
     "three samples": {"num_samples": 3},
     "SGVB-A": {"estimator": "sgvb_a", "num_samples": 2},
     "beta": {"beta": 0.3},
@@ -104,6 +105,7 @@ CASES: dict[str, dict[str, Any]] = {
     "wake-sleep, no hidden layer": {**WAKE_SLEEP, "hidden_dims": [], "latent_dim": 20},
     "wake-sleep, gaussian": {**WAKE_SLEEP, "likelihood": "gaussian"},
     "wake-sleep, sigmoid mean": {**WAKE_SLEEP, "likelihood": "gaussian", "mean_activation": "sigmoid"},
+    "wake-sleep, softplus": {**WAKE_SLEEP, "activation": "softplus"},
     "wake-sleep, many rows": {**WAKE_SLEEP, "data": pixels(1400), "batch": 700, "steps": 3},
 }
 
@@ -462,6 +464,11 @@ def test_auto_says_why_it_is_not_native() -> None:
     next(frozen.parameters()).requires_grad_(False)
     own = vf.VAE(encoder=vf.MLPEncoder(37, [8], 3), decoder=nn.Linear(3, 37))
     assert "module of your own" in reason(own)
+    mixed, sharper = paper(), paper(activation="softplus")
+    mixed.decoder.hidden[1] = nn.ReLU()
+    sharper.encoder.hidden[1] = nn.Softplus(beta=2)
+    assert "same known activation" in reason(mixed)
+    assert "same known activation" in reason(sharper)
     assert "posterior is laplace" in reason(paper(posterior="laplace"))
     assert "estimator is score_function" in reason(paper(), estimator="score_function")
     assert "hooks" in reason(hooked)

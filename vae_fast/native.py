@@ -19,7 +19,7 @@ from .datasets import Prepared
 from .distributions import posterior_of
 from .engines import AutogradEngine, StepProgram
 from .estimators import BINARISE, NOISE, step_seeds
-from .nn import MLPDecoder, MLPEncoder
+from .nn import ACTIVATIONS, MLPDecoder, MLPEncoder
 from .optim import Adagrad
 
 # Of one run, in which nobody looks at Ctrl-C, on a CPU: about a second
@@ -57,6 +57,8 @@ def why_not(program: StepProgram, precision: str = "exact") -> str | None:
         return f"the model is on {program.device}"
     if type(getattr(model, "encoder", None)) is not MLPEncoder or type(model.decoder) is not MLPDecoder:
         return "the encoder or the decoder is a module of your own"
+    if _activation(model) is None:
+        return "the hidden layers do not all have the same known activation"
     # The bias's gradient is that of the scaled product over the scale.
     if model.encoder.logvar_scale < 1e-6:
         return f"the encoder has logvar_scale={model.encoder.logvar_scale}"
@@ -105,6 +107,18 @@ def _names(model: Any) -> list[str]:
     return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
 
 
+def _activation(model: Any) -> str | None:
+    """That of all hidden layers, "tanh" where there are none; None: they differ, or are not known."""
+    halves = (model.encoder.hidden, model.decoder.hidden)
+    if any(type(layer) is not nn.Linear for half in halves for layer in half[::2]):
+        return None
+    kinds = {(type(layer), layer.extra_repr()) for half in halves for layer in half[1::2]}
+    for name, kind in ACTIVATIONS.items():
+        if kinds <= {(kind, kind().extra_repr())}:
+            return name
+    return None
+
+
 def _widths(hidden: nn.Module) -> list[int]:
     return [layer.out_features for layer in hidden.modules() if isinstance(layer, nn.Linear)]
 
@@ -123,7 +137,6 @@ class NativeEngine(AutogradEngine):
         likelihood = model.likelihood
         if likelihood == "gaussian" and model.decoder.mean_activation == "sigmoid":
             likelihood = "gaussian_sigmoid_mean"
-        activations = [m for m in model.modules() if isinstance(m, (nn.Tanh, nn.ReLU))]
         encoder, decoder = _widths(model.encoder.hidden), _widths(model.decoder.hidden)
         weights = sum(p.numel() for p in self._parameters if p.dim() == 2)
         flops = 6 * plan.num_samples * weights * source.most_rows  # of a step, or fewer
@@ -132,7 +145,7 @@ class NativeEngine(AutogradEngine):
             "encoder_hidden": encoder,
             "latent_dim": model.encoder.mu.out_features,
             "decoder_hidden": decoder,
-            "activation": "relu" if activations and isinstance(activations[0], nn.ReLU) else "tanh",
+            "activation": _activation(model),
             "likelihood": likelihood,
             "estimator": program.native_step,
             "num_samples": plan.num_samples,

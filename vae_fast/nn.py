@@ -6,7 +6,7 @@ Source: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114, se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from .distributions import POSTERIORS, Posterior
 from .estimators import ESTIMATORS, default_estimator
 
 LIKELIHOODS = ("bernoulli", "gaussian")
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus}
 
 
 class Reparameterize(nn.Module):
@@ -185,7 +185,7 @@ class VAE(nn.Module):
         latent_dim: number of latent variables.
         likelihood: "bernoulli" (decoder returns logits) or "gaussian" (decoder returns mean and
         log-variance).
-        activation: of the hidden layers, "tanh" (the paper's) or "relu".
+        activation: of the hidden layers, "tanh" (the paper's), "relu" or "softplus".
         mean_activation: "sigmoid" keeps a Gaussian mean in (0, 1); None leaves it linear.
         posterior: the family of q(z|x): "gaussian", "logistic", "gumbel", "laplace", "student_t",
             "log_normal", or a :class:`vae_fast.distributions.Posterior` of your own. Each takes the encoder's

@@ -19,7 +19,7 @@ struct Matrix {
   int64_t ld;
 };
 
-enum class Epilogue : int8_t { none, tanh, relu, bernoulli };
+enum class Epilogue : int8_t { none, tanh, relu, softplus, bernoulli };
 
 struct TileShape {
   int64_t rows, panel;
@@ -124,7 +124,7 @@ struct LatentBackward {
 
 // grad_in = (grad_out W^T) * the activation's derivative at its value `in`, if there is one
 struct InputGradient {
-  Epilogue activation;  // none, tanh or relu
+  Epilogue activation;  // none, tanh, relu or softplus
   bool fast;
   int64_t rows, inputs, panels;
   Matrix grad_out;

@@ -130,6 +130,7 @@ VAE_FAST_INLINE void activation_epilogue(const Forward& a, const Tile& tile, int
       VF v = scale * tile.sum[i][j] + to_floats(a.bias + c);
       if (a.epilogue == Epilogue::tanh) v = rounded(tanh_by_exponent(v), a.fast);
       if (a.epilogue == Epilogue::relu) v = rounded(relu(v), a.fast);
+      if (a.epilogue == Epilogue::softplus) v = rounded(softplus(v), a.fast);
       from_floats(at(a.out, row + i, c), v);
     }
   }
@@ -278,7 +279,9 @@ void input_gradient(const InputGradient& a, int64_t begin, int64_t end) {
           for (int64_t i = 0; i < rows; ++i) {
             for (int j = 0; j < 2; ++j) {
               const VF h = to_floats(at(a.in, row + i, column + j * kLanes));
-              const VF slope = a.activation == Epilogue::tanh ? tanh_derivative(h) : relu_derivative(h);
+              const VF slope = a.activation == Epilogue::tanh   ? tanh_derivative(h)
+                               : a.activation == Epilogue::relu ? relu_derivative(h)
+                                                                : softplus_derivative(h);
               tile.sum[i][j] = rounded(tile.sum[i][j] * slope, a.fast);
             }
           }

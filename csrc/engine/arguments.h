@@ -33,7 +33,7 @@ inline Network network_of(int64_t data_dim, std::vector<int64_t> encoder_hidden,
           latent_dim,
           std::move(encoder_hidden),
           std::move(decoder_hidden),
-          choose<Activation>("activation", activation, {"tanh", "relu"}),
+          choose<Activation>("activation", activation, {"tanh", "relu", "softplus"}),
           choose<Likelihood>("likelihood", likelihood, {"bernoulli", "gaussian", "gaussian_sigmoid_mean"}),
           static_cast<float>(logvar_scale)};
 }

@@ -30,6 +30,18 @@ double sum(const std::vector<double>& values, int64_t count) {
   return std::accumulate(values.begin(), values.begin() + count, 0.0);
 }
 
+Epilogue hidden_epilogue(Activation activation) {
+  switch (activation) {
+    case Activation::tanh:
+      return Epilogue::tanh;
+    case Activation::relu:
+      return Epilogue::relu;
+    case Activation::softplus:
+      return Epilogue::softplus;
+  }
+  return Epilogue::none;
+}
+
 }  // namespace
 
 CpuStep::CpuStep(const Network& network, const Objective& objective, Precision precision)
@@ -38,7 +50,7 @@ CpuStep::CpuStep(const Network& network, const Objective& objective, Precision p
       fast_(precision == Precision::fast),
       leaves_zeros_out_(!fast_ || !cpu::matrix_unit()),
       tile_(cpu::tile()) {
-  const Epilogue hidden = network.activation == Activation::tanh ? Epilogue::tanh : Epilogue::relu;
+  const Epilogue hidden = hidden_epilogue(network.activation);
   int64_t inputs = network.data_dim;
   const auto add = [&](std::vector<int64_t> groups, Epilogue epilogue) {
     Layer layer;

@@ -14,7 +14,7 @@
 
 namespace vae_fast::engine {
 
-enum class Activation : int8_t { tanh, relu };
+enum class Activation : int8_t { tanh, relu, softplus };
 enum class Likelihood : int8_t { bernoulli, gaussian, gaussian_sigmoid_mean };
 enum class Estimator : int8_t { sgvb_b, sgvb_a, wake_sleep };
 enum class OptimizerKind : int8_t { sgd, adagrad, adam, adamw };

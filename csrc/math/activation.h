@@ -28,4 +28,16 @@ VAE_FAST_INLINE V relu_derivative(V relu) {
   return relu > V{} ? constant<V>(1.0) : V{};
 }
 
+// log(1 + e^a) = max(a, 0) + log1p(e^-|a|). It is log 2, not 0, at 0.
+template <class V>
+VAE_FAST_INLINE V softplus(V a) {
+  return relu(a) + Math<V>::log1p_nonnegative(Math<V>::exp_nonpositive(Math<V>::minus_abs(a)));
+}
+
+// sigmoid a = 1 - e^-softplus(a)
+template <class V>
+VAE_FAST_INLINE V softplus_derivative(V softplus) {
+  return -Math<V>::expm1(-softplus);
+}
+
 }  // namespace vae_fast

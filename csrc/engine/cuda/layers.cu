@@ -149,7 +149,13 @@ struct ActivateHidden {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float a = s.value[i] + s.bias[i];
-      s.value[i] = activation == Activation::tanh ? tanh_by_exponent(a) : relu(a);
+      if (activation == Activation::tanh) {
+        s.value[i] = tanh_by_exponent(a);
+      } else if (activation == Activation::relu) {
+        s.value[i] = relu(a);
+      } else {  // what fills a row up stays zero
+        s.value[i] = col + i < cols ? softplus(a) : 0.0f;
+      }
     }
     write_four(out + row * stride + col, s.value);
     return 0.0f;
@@ -418,8 +424,10 @@ struct DeriveHidden {
     for (int i = 0; i < 4; ++i) {
       if (activation == Activation::tanh) {
         s.value[i] *= tanh_derivative(s.in[i]);
-      } else {
+      } else if (activation == Activation::relu) {
         s.value[i] = s.in[i] > 0.0f ? s.value[i] : 0.0f;
+      } else {
+        s.value[i] *= softplus_derivative(s.in[i]);
       }
     }
     write_four(grad_in + row * stride + col, s.value);

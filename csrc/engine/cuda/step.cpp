@@ -3,7 +3,7 @@
 //
 //   step = _C.CudaStep(
 //       data_dim=784, encoder_hidden=[500], decoder_hidden=[500],
-//       activation="tanh",           # or "relu"
+//       activation="tanh",           # or "relu", "softplus"
 //       likelihood="bernoulli",      # or "gaussian", "gaussian_sigmoid_mean"
 //       estimator="sgvb_b",          # or "sgvb_a", "wake_sleep"
 //       logvar_scale=1.0,            # of the encoder's logvar = logvar_scale W h + b
