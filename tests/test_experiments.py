@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from vae_fast import MonteCarloEM, datasets, presets
 from vae_fast.cli import main
-from vae_fast.experiments import curves, figure2, figure3, figure4, figure5, page
+from vae_fast.experiments import curves, figure2, figure3, figure4, figure5, page, pixels
 from vae_fast.experiments.curves import Curve, CurveError, Point
 from vae_fast.trainer import Trainer
 
@@ -287,6 +287,32 @@ def test_figure_3_is_to_be_within_three_nats_of_the_paper(by: float, holds: bool
     assert states(found, "Monte Carlo EM test at or above AEVB") == [ends[0] >= ends[1]]
 
 
+@pytest.mark.parametrize(
+    ("up", "apart", "holds"), [(1.9, 0.9, True), (-1.9, -0.9, True), (2.1, 0, False), (0, 1.1, False)]
+)
+def test_pixels_that_the_paper_may_have_taken(up: float, apart: float, holds: bool) -> None:
+    """By the height of the test curve, and by how far the training curve is above it."""
+    paper = [page.paper("figure2", page.Panel("", "", pixels.DRAWN), "aevb", part) for part in page.PARTS]
+    test, train = (drawn.at(10**7) for drawn in paper if drawn is not None)
+    ours = Point(10**7, train + up + apart, test + up)
+    key = pixels.curve("dynamic").panel, "aevb"
+    assert [verdict.holds for verdict in pixels.verdicts({key: [ours]})] == [None, holds, None]
+    young = Point(10**6, ours.train, ours.test)
+    assert [verdict.holds for verdict in pixels.verdicts({key: [young]})] == 3 * [None]
+
+
+def test_static_pixels_are_drawn_once_from_the_images() -> None:
+    found, notes = curves.load_data(["mnist", "mnist-dynamic", "mnist-static"], None, None)
+    assert notes == [] and [found[name][0].kind for name in found] == ["real", "dynamic", "binary"]
+    again = curves.load_data(["mnist-static"], None, None)[0]
+    for part in (0, 1):
+        images, drawn = found["mnist"][part].values, found["mnist-static"][part].values
+        assert torch.equal(again["mnist-static"][part].values, drawn)
+        assert torch.equal(found["mnist-dynamic"][part].values, images)
+        frequency = torch.stack([drawn[images == value].double().mean() for value in (0, 64, 128, 255)])
+        assert ((frequency - torch.tensor([0, 64, 128, 255]) / 256).abs() < 0.02).all()
+
+
 def test_curves_that_have_not_begun_leave_every_verdict_open() -> None:
     nothing: dict[tuple[str, str], list[Point]] = {
         (key, algorithm): [] for key in figure2.PANELS for algorithm in figure2.ALGORITHMS
@@ -337,6 +363,32 @@ def test_a_figure_may_be_drawn_before_its_curves_are_there(small: Any, tmp_path:
     assert "Trained for fewer than 12,600 samples: mnist-10 aevb (0), mnist-10 wake-sleep (0)." in output
     assert not (tmp_path / "curves" / "mnist-10-aevb").exists()
     assert "wanted one of the figures" in small("variance", "--draw-only", "--out", tmp_path, code=2)
+
+
+def test_pixels_shares_figure_2s_curve_and_trains_the_other_treatments(
+    small: Any, data: curves.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = data["mnist"][0].values
+    more = {
+        f"mnist-{treatment}": 2 * (datasets.prepare(values, likelihood="bernoulli", targets=targets),)
+        for treatment, targets, values in (
+            ("dynamic", "dynamic", images),
+            ("static", "binary", (images > 99).to(torch.uint8)),
+        )
+    }
+    monkeypatch.setattr(curves, "load_data", lambda names, *_: ({**data, **more}, []))
+    small("figure2", "--panels", "mnist-20", "--out", tmp_path)
+    shared = tmp_path / "curves/mnist-20-aevb/checkpoint.safetensors"
+    before = shared.stat().st_mtime_ns
+    output = small("pixels", "--out", tmp_path)
+    assert shared.stat().st_mtime_ns == before
+    assert output.count("train − test within 1") == 3
+    with (tmp_path / "pixels.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    first = {line["panel"]: float(line["test"]) for line in lines if line["samples"] == "10000"}
+    assert list(first) == ["mnist-20", "mnist-20-dynamic", "mnist-20-static"]
+    assert len(set(first.values())) == 3
+    assert (tmp_path / "pixels.png").exists() and (tmp_path / "pixels.html").exists()
 
 
 def test_figures_4_and_5_are_manifolds_and_samples(small: Any, data: curves.Data, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import checkpoint as checkpoints
@@ -65,8 +67,9 @@ class Point:
 class Curve:
     """One line of a figure.
 
-    ``data`` is "mnist" or "frey", of whose training rows the first ``rows`` are trained on; None: all. On the
-    curve's axis a datapoint of a minibatch counts as ``passes`` samples: how often a step looks at it.
+    ``data`` is a name of :func:`load_data`, of whose training rows the first ``rows`` are trained on; None:
+    all. On the curve's axis a datapoint of a minibatch counts as ``passes`` samples: how often a step looks
+    at it.
     """
 
     panel: str
@@ -116,7 +119,8 @@ def load_data(
     """(train, test) by name, pixels over 256, and a sentence where Frey Face is wanted and not there.
 
     Args:
-        names: of "mnist" and "frey", those that are wanted.
+        names: of "mnist", "mnist-dynamic", whose pixels of 0 and 1 are drawn anew at each use,
+            "mnist-static", whose were drawn once, and "frey", those that are wanted.
         mnist: a folder as :func:`vae_fast.datasets.mnist` takes it; None: the bundled one.
         frey: the file of Frey Face, which is not bundled.
     """
@@ -129,9 +133,13 @@ def load_data(
             )
             continue
         likelihood = "gaussian" if name == "frey" else "bernoulli"
-        parts = datasets.mnist(mnist) if name == "mnist" else datasets.frey(frey or "")
+        targets = {"mnist-dynamic": "dynamic", "mnist-static": "binary"}.get(name, "real")
+        parts: Sequence[Tensor] = datasets.frey(frey or "") if name == "frey" else datasets.mnist(mnist)
+        if name == "mnist-static":
+            generator = torch.Generator().manual_seed(0)
+            parts = [torch.bernoulli(part / 256, generator=generator).to(torch.uint8) for part in parts]
         train, test = (
-            datasets.prepare(part, likelihood=likelihood, targets="real", pixel_scale=256, name=name)
+            datasets.prepare(part, likelihood=likelihood, targets=targets, pixel_scale=256, name=name)
             for part in parts
         )
         found[name] = train, test

@@ -64,6 +64,7 @@ class Result:
     settings: dict[str, Any]
     notes: list[str]
     log_axis: bool = True
+    figure: str = ""  # of the paper's, whose curves are drawn; the name's own where that is one
 
     @property
     def panels(self) -> list[Panel]:
@@ -74,7 +75,7 @@ class Result:
         for part in PARTS:
             for (key, algorithm), points in self.points.items():
                 if key == panel.key:
-                    yield algorithm, part, points, paper(self.name, panel, algorithm, part)
+                    yield algorithm, part, points, paper(self.figure or self.name, panel, algorithm, part)
 
     def table(self) -> str:
         """Verdicts, then values at every decade, as Markdown."""
@@ -116,7 +117,7 @@ def write(result: Result, folder: Path, command: str = "") -> None:
     writer.writerow(["panel", "algorithm", "samples", "train", "test", "paper_train", "paper_test"])
     for panel in result.panels:
         for (key, algorithm), points in result.points.items():
-            drawn = [paper(result.name, panel, algorithm, part) for part in ("train", "test")]
+            drawn = [paper(result.figure or result.name, panel, algorithm, p) for p in ("train", "test")]
             for p in points if key == panel.key else ():
                 theirs = [None if d is None else d.at(p.samples) for d in drawn]
                 short = ["" if value is None else f"{value:.2f}" for value in theirs]
