@@ -1,13 +1,14 @@
-"""One command for a bare machine with a GPU: builds, tests, sanitizes and measures, in twenty minutes.
+"""One command for a bare machine with a GPU: builds, tests, sanitizes, measures and trains, in 25 minutes.
 
 python -m bench.gpu --out DIR [--parts build,tests,...] [--quick] [--minutes M]
-python -m bench.gpu --plan      prints three commands of at most ten minutes each that do the same
+python -m bench.gpu --plan      prints four commands of at most ten minutes each that do the same
 
 Needs torch, nvcc, ninja and pytest; no network. Run it in the root of a checkout. Without the part "build" it
 takes what lies there, built elsewhere for the same Python and torch. A part that fails or runs out of time is
 recorded, and the next one goes on; the exit status says whether all passed. Into DIR go gpu.json (all that
 was read), gpu.txt (the tables), tests.txt, sanitizer.txt, build.txt, operators.png, operators.html, and for
-bench.summary latency.json, sizes.json and rivals.json; and native_step.json.
+bench.summary latency.json, sizes.json and rivals.json; native_step.json; and pixels.md, .png, .csv and .json,
+curves of 10^8 samples (10^7 with --quick).
 """
 
 from __future__ import annotations
@@ -38,13 +39,20 @@ SHARES = {
     "tests": 2.5,
     "sanitizer": 1.2,
     "native_step": 1.2,
+    "curves": 3.5,
     "bench": 2.5,
     "latency": 1.5,
     "sizes": 4.0,
     "rivals": 6.9,
 }
 # Where a command may take ten minutes at most. A build that is there already takes seconds.
-PLAN = ("build,tests,sanitizer,native_step,bench", "build,latency,sizes", "build,rivals")
+# What matters most comes first, for a machine that is lent for less than all of it.
+PLAN = (
+    "build,tests,native_step,latency",
+    "build,rivals",
+    "build,sanitizer,curves,bench",
+    "build,sizes",
+)
 SIZES = ("128x20", "128x784", "1024x1024", "16384x1024", "65536x1024")  # to 2**26 elements
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 LOG_BYTES = 100_000  # of a log that is kept: its end
@@ -298,6 +306,25 @@ def native_step(session: Session, deadline: float) -> Part:
     return part
 
 
+def curves(session: Session, deadline: float) -> Part:
+    """The paper's curve of 20 latents at full scale, by the native engine, with three treatments of pixels."""
+    part = Part()
+    scale = ["--scale", "0.1" if session.quick else "1"]
+    with tempfile.TemporaryDirectory() as folder:
+        how = ["--engine", "native", "--device", "cuda", "--out", folder]
+        _measured(part, ["vae_fast.cli", "reproduce", "pixels", *scale, *how], deadline)
+        for suffix in ("md", "png", "csv", "json"):
+            if (found := Path(folder) / f"pixels.{suffix}").exists():
+                shutil.copy(found, session.out)
+    if (table := session.out / "pixels.md").exists():
+        part.text = table.read_text(encoding="utf-8")
+    if (settings := session.out / "pixels.json").exists():
+        trained = json.loads(settings.read_text(encoding="utf-8"))["curves"]
+        part.data = {name: {k: one[k] for k in ("samples", "seconds")} for name, one in trained.items()}
+        part.notes += [f"{n}: {d['samples']:,} samples in {d['seconds']:.1f} s" for n, d in part.data.items()]
+    return part
+
+
 def latency(session: Session, deadline: float) -> Part:
     """What waiting, broadcasting and making noise cost."""
     part = Part()
@@ -359,6 +386,7 @@ PARTS: dict[str, Callable[[Session, float], Part]] = {
     "tests": tests,
     "sanitizer": sanitizer,
     "native_step": native_step,
+    "curves": curves,
     "bench": bench,
     "latency": latency,
     "sizes": sizes,
