@@ -78,6 +78,7 @@ int main() {
   const std::vector<Case> cases = {
       {{37, 3, {19}, {19}, Activation::tanh, Likelihood::bernoulli}, one, adagrad, Precision::exact, DType::u8, 23},
       {{1, 1, {1}, {}, Activation::relu, Likelihood::bernoulli}, one, sgd, Precision::exact, DType::bits, 1},
+      {{33, 4, {21}, {18}, Activation::softplus, Likelihood::gaussian}, one, sgd, Precision::exact, DType::f32, 9},
       {{65, 17, {}, {33, 5}, Activation::relu, Likelihood::gaussian}, several, adam, Precision::exact, DType::f32, 7},
       {{30, 2, {40, 3}, {64}, Activation::tanh, Likelihood::gaussian_sigmoid_mean},
        one,

@@ -153,8 +153,8 @@ struct ActivateHidden {
         s.value[i] = tanh_by_exponent(a);
       } else if (activation == Activation::relu) {
         s.value[i] = relu(a);
-      } else {  // what fills a row up stays zero
-        s.value[i] = col + i < cols ? softplus(a) : 0.0f;
+      } else {
+        s.value[i] = softplus(a);
       }
     }
     write_four(out + row * stride + col, s.value);
