@@ -307,7 +307,7 @@ def native_step(session: Session, deadline: float) -> Part:
 
 
 def curves(session: Session, deadline: float) -> Part:
-    """The paper's curve of 20 latents at full scale, by the native engine, with three treatments of pixels."""
+    """The curve of 20 latents at full scale, by the native engine, with three treatments of pixels."""
     part = Part()
     scale = ["--scale", "0.1" if session.quick else "1"]
     with tempfile.TemporaryDirectory() as folder:
