@@ -27,8 +27,8 @@ COMPARED_FROM, JUDGED_AT = 1_000_000, 10_000_000  # samples
 # Of auto-encoding variational Bayes on MNIST. With "paper", 3 and 5 latents are 1.6 to 4.2 nats below the
 # drawing at 10^6 samples (docs/decisions.md).
 INIT = "lecun"
-# What the paper's text does not say of its curves of Frey Face: they are those of softplus units
-# (docs/decisions.md).
+# The paper's text has tanh, but with it wake-sleep leaves the plateau that the drawing stays on for 10^8
+# samples (docs/decisions.md).
 FREY_ACTIVATION = "softplus"
 
 

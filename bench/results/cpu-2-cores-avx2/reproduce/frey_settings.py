@@ -1,4 +1,4 @@
-"""Which units, minibatches and step size are those of the paper's curves of Frey Face?
+"""Which minibatches, units and step size are those of the paper's curves of Frey Face?
 
 python frey_settings.py FREY.npz figure2.csv
 
