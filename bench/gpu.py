@@ -316,12 +316,12 @@ def curves(session: Session, deadline: float) -> Part:
         for suffix in ("md", "png", "csv", "json"):
             if (found := Path(folder) / f"pixels.{suffix}").exists():
                 shutil.copy(found, session.out)
-    if (table := session.out / "pixels.md").exists():
-        part.text = table.read_text(encoding="utf-8")
-    if (settings := session.out / "pixels.json").exists():
+        if not (settings := Path(folder) / "pixels.json").exists():
+            return part  # and what an earlier run left in session.out is not taken for this one's
+        part.text = (Path(folder) / "pixels.md").read_text(encoding="utf-8")
         trained = json.loads(settings.read_text(encoding="utf-8"))["curves"]
-        part.data = {name: {k: one[k] for k in ("samples", "seconds")} for name, one in trained.items()}
-        part.notes += [f"{n}: {d['samples']:,} samples in {d['seconds']:.1f} s" for n, d in part.data.items()]
+    part.data = {name: {k: one[k] for k in ("samples", "seconds")} for name, one in trained.items()}
+    part.notes += [f"{n}: {d['samples']:,} samples in {d['seconds']:.1f} s" for n, d in part.data.items()]
     return part
 
 
