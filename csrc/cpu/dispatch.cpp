@@ -173,11 +173,14 @@ int64_t blocks(int64_t rows) { return (rows + tile().block - 1) / tile().block; 
 }  // namespace
 
 void launch(const Gather& a) { share(a, a.batch, a.dynamic ? 8 * a.cols : a.cols); }
-void launch(const FindZeros& a) {
-  const int64_t tiles = tile().rows;
-  share(a, (a.rows + tiles - 1) / tiles + (a.cols + tiles - 1) / tiles, 2 * a.rows);
-}
+void launch(const NonzerosOfRows& a) { share(a, a.nonzeros.rows, a.nonzeros.cols); }
+void launch(const NonzerosOfColumns& a) { share(a, a.nonzeros.column_pairs(), a.nonzeros.rows); }
 void launch(const Forward& a) {
+  if (a.nonzeros) {
+    const int64_t row_blocks = (a.rows + tile().sparse_rows - 1) / tile().sparse_rows;
+    const int64_t groups = (a.panels + tile().sparse_panels - 1) / tile().sparse_panels;
+    return share(a, row_blocks * groups, panel_cost(a.rows, a.inputs));
+  }
   share(a, blocks(a.rows) * a.panels, panel_cost(std::min(a.rows, tile().block), a.inputs));
 }
 void launch(const GaussianLoss& a) { share(a, a.rows, 4 * a.cols); }
@@ -195,14 +198,13 @@ void launch(const WeightGradient* parts, int count) {
   // An update takes as long as kUpdateRows rows of the product, for the memory that it passes through.
   constexpr int64_t kUpdateRows = 40;
   const auto cost = [](const WeightGradient& a) {
-    int64_t terms = a.rows;
-    if (a.nonzero) {
-      const int64_t tiles = (a.inputs + tile().rows - 1) / tile().rows;
-      terms = 0;
-      for (int64_t t = 0; t < tiles; ++t) terms += a.nonzero[t].pays() ? a.nonzero[t].count : a.rows;
-      terms /= tiles;
+    if (!a.nonzeros) return 1 + panel_cost(a.rows + kUpdateRows, a.inputs);
+    int64_t terms = 0, pairs = 0;
+    for (int64_t p = 0; p < a.nonzeros->column_pairs(); ++p) {
+      terms += a.nonzeros->per_pair[p];
+      pairs += a.nonzeros->per_pair[p] > 0;
     }
-    return 1 + panel_cost(terms + kUpdateRows, a.inputs);
+    return 1 + panel_cost(2, terms + terms / 3 + pairs * kUpdateRows);  // a listed term takes a third longer
   };
   int64_t costs[64], total = 0;  // of a panel of each part
   TORCH_INTERNAL_ASSERT(count <= 64);

@@ -45,6 +45,15 @@ VAE_FAST_INLINE VF in_every_lane(float a) {
 #endif
 }
 
+// A vector that stays in a register while several instructions read it; the compiler would rather load it for each.
+VAE_FAST_INLINE VF loaded(const float* p) {
+  VF v = to_floats(p);
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 template <int kRows_>
 struct TileOf {
   static constexpr int kRows = kRows_;
@@ -63,28 +72,17 @@ struct TileOf {
 };
 using Tile = TileOf<kTileRows>;
 
-// The terms of a sum one after another, or those that a list names, less `base`
-struct EveryTerm {
-  VAE_FAST_INLINE int64_t operator()(int64_t k) const { return k; }
-};
-struct ListedTerms {
-  const int32_t* terms;
-  int64_t base;
-  VAE_FAST_INLINE int64_t operator()(int64_t k) const { return terms[k] - base; }
-};
-
 // tile[i, :] += sum_k a[i, k] b[k, :] over `count` terms k. Of a, either the rows i lie side by side (kAcross) and k
 // strides by ld_a, or the other way round.
-template <bool kAcross, class Terms>
-VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t count, Terms terms) {
+template <bool kAcross>
+VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t count) {
   for (int64_t begin = 0; begin < count; begin += kTermsAtOnce) {
     VF sum[kTileRows][2];
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) sum[i][0] = sum[i][1] = VF{};
     const int64_t end = min(begin + kTermsAtOnce, count);
 #pragma GCC unroll 2
-    for (int64_t term = begin; term < end; ++term) {
-      const int64_t k = terms(term);
+    for (int64_t k = begin; k < end; ++k) {
       const VF b0 = to_floats(b + k * kPanel), b1 = to_floats(b + k * kPanel + kLanes);
       const float* column = a + (kAcross ? k * ld_a : k);
 #pragma GCC unroll 16
@@ -103,29 +101,6 @@ VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const fl
       tile.sum[i][1] = tile.sum[i][1] + sum[i][1];
     }
   }
-}
-
-VAE_FAST_INLINE const int32_t* first_at_least(const int32_t* begin, const int32_t* end, int64_t value) {
-  if (begin < end && end[-1] < value) return end;
-  while (begin < end) {
-    const int32_t* middle = begin + (end - begin) / 2;
-    if (*middle < value)
-      begin = middle + 1;
-    else
-      end = middle;
-  }
-  return begin;
-}
-
-// The same for k in [first, first + count), where a list, if there is one and it pays, names the terms that are not
-// zero.
-template <bool kAcross>
-VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t first, int64_t count,
-                              const TermList* list) {
-  if (!list || !list->pays()) return multiply<kAcross>(tile, a, ld_a, b, count, EveryTerm{});
-  const int32_t* const begin = first_at_least(list->terms, list->terms + list->count, first);
-  const int32_t* const end = first_at_least(begin, list->terms + list->count, first + count);
-  multiply<kAcross>(tile, a, ld_a, b, end - begin, ListedTerms{begin, first});
 }
 
 // The kLanes elements' cache lines at p and after, as many as `bytes` fill
@@ -157,8 +132,7 @@ struct VectorForward {
   }
   VAE_FAST_INLINE void multiply(Tile& tile, int64_t row, int64_t k, int64_t depth) {
     prefetch(panel + (panel_rows + (row - first) / kTileRows * next) * kPanel, next * kPanel * 4);
-    cpu::VAE_FAST_CAPABILITY::multiply<false>(tile, at(a.in, row, k), a.in.ld, panel + k * kPanel, k, depth,
-                                              a.nonzero ? a.nonzero + row / kTileRows : nullptr);
+    cpu::VAE_FAST_CAPABILITY::multiply<false>(tile, at(a.in, row, k), a.in.ld, panel + k * kPanel, depth);
   }
 };
 
@@ -196,7 +170,7 @@ struct VectorInputGradient {
     }
   }
   VAE_FAST_INLINE void multiply(Tile& tile, int64_t row, int64_t n, int64_t depth) {
-    cpu::VAE_FAST_CAPABILITY::multiply<false>(tile, at(a.grad_out, row, n), a.grad_out.ld, part, depth, EveryTerm{});
+    cpu::VAE_FAST_CAPABILITY::multiply<false>(tile, at(a.grad_out, row, n), a.grad_out.ld, part, depth);
   }
 };
 
@@ -210,8 +184,7 @@ struct VectorWeightGradient {
   VAE_FAST_INLINE void begin(int64_t, int64_t) {}
   VAE_FAST_INLINE void take_panel(const float* panel_of_grad_out, int64_t) { grad_out = panel_of_grad_out; }
   VAE_FAST_INLINE void multiply(Tile& tile, int64_t k, int64_t row, int64_t depth) {
-    cpu::VAE_FAST_CAPABILITY::multiply<true>(tile, at(a.in, row, k), a.in.ld, grad_out, row, depth,
-                                             a.nonzero ? a.nonzero + k / kTileRows : nullptr);
+    cpu::VAE_FAST_CAPABILITY::multiply<true>(tile, at(a.in, row, k), a.in.ld, grad_out, depth);
   }
 };
 

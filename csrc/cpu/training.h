@@ -25,30 +25,45 @@ struct TileShape {
   int64_t rows, panel;
   int64_t block;  // a product's rows are cut into so many at a time
   int64_t depth;
+  int64_t sparse_rows, sparse_panels;  // of a product that reads lists of nonzeros
 };
 TileShape tile();    // of the instruction set in use
 bool matrix_unit();  // whether there is one for products of bfloat16 numbers, AMX's
 
-// Which terms of a tile's sum have an element that is not zero, of how many there are: images have large blank margins,
-// and counts of genes or words are zero nearly everywhere.
-struct TermList {
-  const int32_t* terms;
-  int64_t count, of;
-  // From about 0.7 on a list costs more than it saves (bench_products; terms from a list are not read in order).
-  VAE_FAST_INLINE bool pays() const { return 10 * count < 7 * of; }
+// The elements of a minibatch x that are not zero: images have large blank margins, and counts of genes or words are
+// zero nearly everywhere. A product with x then reads these alone: by rows, or, for x^T, by pairs of columns, which in
+// images are mostly zero together.
+struct Nonzeros {
+  struct Pair {
+    int32_t row;
+    float values[2];
+  };
+  static constexpr int32_t kNoColumn = INT32_MAX;  // behind a row's last
+  static constexpr int64_t kSpare = 8;             // columns a row has room for, beyond its own
+
+  int64_t rows, cols;
+  int32_t* columns;  // [rows, cols + kSpare] of row r those with an element, from left to right
+  int32_t* per_row;  // [rows] how many
+  Pair* pairs;       // [half of cols, rows] of columns 2 p and 2 p + 1 the rows with an element, from above to below
+  int32_t* per_pair;
+
+  VAE_FAST_INLINE int64_t column_pairs() const { return (cols + 1) / 2; }
+  VAE_FAST_INLINE int32_t* of_row(int64_t r) const { return columns + r * (cols + kSpare); }
+  VAE_FAST_INLINE Pair* of_pair(int64_t p) const { return pairs + p * rows; }
 };
 
-// Lists for the two products that x is in: of columns for every tile of its rows, and of rows for every tile of its
-// columns. Each list has room for all.
-struct FindZeros {
-  int64_t rows, cols;
+// The lists by rows of x [rows, cols]; and from these the lists by pairs of columns
+struct NonzerosOfRows {
+  Nonzeros nonzeros;
   Matrix x;
-  int32_t *columns, *row_numbers;
-  TermList *of_rows, *of_columns;  // [tiles of rows], [tiles of columns]
+};
+struct NonzerosOfColumns {
+  Nonzeros nonzeros;
+  Matrix x;
 };
 
 // x[b, :] = values[rows[b], :] * scale, or draws from Bernoulli of that; `operand`, if it is another matrix, the same
-// rounded to bfloat16
+// rounded to bfloat16. With them, its nonzeros by rows.
 struct Gather {
   DType dtype;  // u8, f32 or bits
   bool dynamic;
@@ -56,8 +71,9 @@ struct Gather {
   int64_t batch, cols;
   int64_t seed;
   const void* values;
-  const int64_t* rows;  // [batch]
-  Matrix x, operand;    // [batch, cols]
+  const int64_t* rows;       // [batch]
+  Matrix x, operand;         // [batch, cols]
+  const Nonzeros* nonzeros;  // or null
 };
 
 // out = epilogue(in W + bias), of the panels from `logvar_panel` on epilogue(logvar_scale in W + bias). With bernoulli,
@@ -68,7 +84,7 @@ struct Forward {
   bool fast;
   int64_t rows, inputs, outputs, panels;
   Matrix in;
-  const TermList* nonzero;  // of every tile of rows of `in`, or null
+  const Nonzeros* nonzeros;  // of `in`, or null
   const float* weight;
   const float* bias;  // [panels * panel]
   int64_t logvar_panel;
@@ -140,7 +156,7 @@ struct WeightGradient {
   Matrix in, grad_out;
   int64_t logvar_panel;
   float logvar_scale;
-  const TermList* nonzero;  // of every tile of columns of `in`, or null
+  const Nonzeros* nonzeros;  // of `in`, or null
   UpdateRule rule;
   StepFactors factors;
   float prior;  // 1/N of the weight prior, for weights alone
@@ -152,7 +168,8 @@ struct WeightGradient {
 
 #define VAE_FAST_FOR_EACH_PART(DO) \
   DO(Gather)                       \
-  DO(FindZeros)                    \
+  DO(NonzerosOfRows)               \
+  DO(NonzerosOfColumns)            \
   DO(Forward)                      \
   DO(GaussianLoss)                 \
   DO(Dream)                        \

@@ -32,15 +32,64 @@ VAE_FAST_INLINE void draw(float* x, int64_t seed, int64_t b, int64_t cols) {
   for (int64_t c = 0; c < cols; ++c) x[c] = bernoulli_draw(seed, b * cols + c, x[c]);
 }
 
+// The lanes set in a byte, one after another, the rest anything
+struct LanesOfByte {
+  uint8_t lanes[256][8] = {};
+  constexpr LanesOfByte() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int lane = 0, count = 0; lane < 8; ++lane)
+        if (byte >> lane & 1) lanes[byte][count++] = static_cast<uint8_t>(lane);
+  }
+};
+constexpr LanesOfByte kLanesOfByte;
+
+// A bit for each of eight floats that is not zero
+VAE_FAST_INLINE uint32_t nonzero_of_eight(const float* x) {
+#if VAE_FAST_VECTOR_BYTES >= 32
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), __m256{}, _CMP_NEQ_UQ)));
+#else
+  uint32_t found = 0;
+  for (uint32_t lane = 0; lane < 8; ++lane) found |= static_cast<uint32_t>(x[lane] != 0) << lane;
+  return found;
+#endif
+}
+
+VAE_FAST_INLINE void list_nonzeros(const Nonzeros& nonzeros, const float* x, int64_t r) {
+  typedef uint8_t Bytes __attribute__((vector_size(8)));
+  typedef int32_t Eight __attribute__((vector_size(32)));
+  int32_t *const columns = nonzeros.of_row(r), *next = columns;
+  for (int64_t c = 0; c < nonzeros.cols; c += 8) {  // what fills a row of x up is zero
+    const uint32_t found = nonzero_of_eight(x + c);
+    Bytes lanes;
+    __builtin_memcpy(&lanes, kLanesOfByte.lanes[found], sizeof lanes);
+    const Eight listed = __builtin_convertvector(lanes, Eight) + static_cast<int32_t>(c);
+    __builtin_memcpy(next, &listed, sizeof listed);
+    next += __builtin_popcount(found);
+  }
+  *next = Nonzeros::kNoColumn;
+  nonzeros.per_row[r] = static_cast<int32_t>(next - columns);
+}
+
+constexpr int64_t kRowsAhead = 3;  // rows of the data set lie far apart, and none is in a cache
+VAE_FAST_INLINE void prefetch_row(const Gather& a, int64_t b) {
+  if (b >= a.batch) return;
+  const int64_t bytes = a.dtype == DType::bits ? (a.cols + 7) / 8 : a.dtype == DType::u8 ? a.cols : 4 * a.cols;
+  const char* row = static_cast<const char*>(a.values) + a.rows[b] * bytes;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
 template <class X>
 void gather(const Gather& a, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < begin + kRowsAhead; ++b) prefetch_row(a, b);
   for (int64_t b = begin; b < end; ++b) {
+    prefetch_row(a, b + kRowsAhead);
     const auto values = target_row(static_cast<const X*>(a.values), a.rows[b], a.cols);
     float* x = at(a.x, b, 0);
     for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t n) {
       Memory<VF>::store(x + c, Memory<VF>::load(values + c, n) * a.scale, n);
     });
     if (a.dynamic) draw(x, a.seed, b, a.cols);
+    if (a.nonzeros) list_nonzeros(*a.nonzeros, x, b);
     if (a.operand.data != a.x.data)
       for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t n) {
         Memory<VF>::store(at(a.operand, b, c), to_bfloat16(Memory<VF>::load(x + c, n)), n);
@@ -48,38 +97,32 @@ void gather(const Gather& a, int64_t begin, int64_t end) {
   }
 }
 
-// Whether any of n elements, n <= kTileRows, is not zero
-VAE_FAST_INLINE bool any(const float* x, int64_t n) {
-  bool found = false;
-  for (int64_t i = 0; i < n; ++i) found |= x[i] != 0;
-  return found;
+void run_part(const NonzerosOfRows& a, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) list_nonzeros(a.nonzeros, at(a.x, r, 0), r);
 }
 
-void run_part(const FindZeros& a, int64_t begin, int64_t end) {
-  const int64_t row_tiles = (a.rows + kTileRows - 1) / kTileRows;
-  for (int64_t t = begin; t < end; ++t) {
-    const bool of_rows = t < row_tiles;
-    const int64_t first = (of_rows ? t : t - row_tiles) * kTileRows;
-    int32_t* const terms = of_rows ? a.columns + t * a.cols : a.row_numbers + (t - row_tiles) * a.rows;
-    int64_t count = 0;
-    if (of_rows) {
-      const int64_t n = min(kTileRows, a.rows - first);
-      for_each_vector<VF>(0, a.cols, [&](int64_t c, int64_t m) {
-        VI found{};
-        for (int64_t i = 0; i < n; ++i) found |= to_floats(at(a.x, first + i, c)) != VF{};
-        for (int64_t lane = 0; lane < m; ++lane) {
-          terms[count] = static_cast<int32_t>(c + lane);
-          count -= found[lane];
-        }
-      });
-      a.of_rows[t] = {terms, count, a.cols};
-    } else {
-      const int64_t n = min(kTileRows, a.cols - first);
-      for (int64_t r = 0; r < a.rows; ++r) {
-        terms[count] = static_cast<int32_t>(r);
-        count += any(at(a.x, r, first), n);
-      }
-      a.of_columns[t - row_tiles] = {terms, count, a.rows};
+// Of an ascending list the first whose place, a column or a row, is not before `place`
+VAE_FAST_INLINE int32_t place_of(int32_t column) { return column; }
+VAE_FAST_INLINE int32_t place_of(const Nonzeros::Pair& pair) { return pair.row; }
+template <class Entry>
+VAE_FAST_INLINE const Entry* first_from(const Entry* begin, const Entry* end, int64_t place) {
+  while (begin < end) {
+    const Entry* middle = begin + (end - begin) / 2;
+    place_of(*middle) < place ? begin = middle + 1 : end = middle;
+  }
+  return begin;
+}
+
+void run_part(const NonzerosOfColumns& a, int64_t begin, int64_t end) {
+  const Nonzeros& nonzeros = a.nonzeros;
+  for (int64_t p = begin; p < end; ++p) nonzeros.per_pair[p] = 0;
+  for (int64_t r = 0; r < nonzeros.rows; ++r) {
+    const float* x = at(a.x, r, 0);
+    const int32_t *columns = nonzeros.of_row(r), last = static_cast<int32_t>(2 * end);
+    for (columns = first_from(columns, columns + nonzeros.per_row[r], 2 * begin); *columns < last; ++columns) {
+      const int32_t p = *columns / 2;
+      nonzeros.of_pair(p)[nonzeros.per_pair[p]++] = {static_cast<int32_t>(r), {x[2 * p], x[2 * p + 1]}};
+      columns += columns[1] == 2 * p + 1;
     }
   }
 }
@@ -120,20 +163,22 @@ VAE_FAST_INLINE double bernoulli_epilogue(const Forward& a, const Tile& tile, in
   return total;
 }
 
+// The output of what a product gave for kLanes columns from `column` on
+VAE_FAST_INLINE VF activated(const Forward& a, VF product, int64_t column) {
+  const VF scale = in_every_lane(column < a.logvar_panel * kPanel ? 1 : a.logvar_scale);
+  const VF v = scale * product + to_floats(a.bias + column);
+  if (a.epilogue == Epilogue::tanh) return rounded(tanh_by_exponent(v), a.fast);
+  if (a.epilogue == Epilogue::relu) return rounded(relu(v), a.fast);
+  if (a.epilogue == Epilogue::softplus) return rounded(softplus(v), a.fast);
+  return v;
+}
+
 template <class Tile>
 VAE_FAST_INLINE void activation_epilogue(const Forward& a, const Tile& tile, int64_t row, int64_t last,
                                          int64_t column) {
-  const VF scale = in_every_lane(column < a.logvar_panel * kPanel ? 1 : a.logvar_scale);
-  for (int64_t i = 0; i < rows_of<Tile>(row, last); ++i) {
-    for (int j = 0; j < 2; ++j) {
-      const int64_t c = column + j * kLanes;
-      VF v = scale * tile.sum[i][j] + to_floats(a.bias + c);
-      if (a.epilogue == Epilogue::tanh) v = rounded(tanh_by_exponent(v), a.fast);
-      if (a.epilogue == Epilogue::relu) v = rounded(relu(v), a.fast);
-      if (a.epilogue == Epilogue::softplus) v = rounded(softplus(v), a.fast);
-      from_floats(at(a.out, row + i, c), v);
-    }
-  }
+  for (int64_t i = 0; i < rows_of<Tile>(row, last); ++i)
+    for (int j = 0; j < 2; ++j)
+      from_floats(at(a.out, row + i, column + j * kLanes), activated(a, tile.sum[i][j], column + j * kLanes));
 }
 
 template <class Product>
@@ -162,7 +207,82 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   }
 }
 
+// Panels side by side in a product with few elements that are not zero: their sums for one row fill the registers that
+// an addition's latency asks for.
+constexpr int64_t kSparsePanels = 4;
+constexpr int64_t kSparseRows = kRowBlock / 2;  // rows that share a piece of the weights in the first-level cache ...
+constexpr int64_t kSparseDepth =
+    (VAE_FAST_VECTOR_BYTES == 64 ? 36864 : 24576) / (kSparsePanels * kPanel * 4);  // ... of so many inputs
+
+// out[r, :] (+)= sum_c x[r, c] right[c, :] over the listed columns c < end from next[r] on, which moves to the first
+// behind them. Not inlined, for the registers of its inner loop.
+template <int kPanels>
+__attribute__((noinline)) void multiply_listed(Matrix x, int64_t rows, const int32_t** next, int32_t end,
+                                               const float* right, int64_t panel, Matrix out, bool first) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* const row = at(x, r, 0);
+    VF sum[kPanels][2] = {};
+    const int32_t* column = next[r];
+    for (int64_t c = *column; c < end; c = *++column) {
+      const VF left = in_every_lane(row[c]);
+      const float* const at_c = right + c * kPanel;
+#pragma GCC unroll 4
+      for (int i = 0; i < kPanels; ++i) {
+        sum[i][0] = Math<VF>::fma(left, to_floats(at_c + i * panel), sum[i][0]);
+        sum[i][1] = Math<VF>::fma(left, to_floats(at_c + i * panel + kLanes), sum[i][1]);
+      }
+    }
+    next[r] = column;
+    float* const to = at(out, r, 0);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPanels; ++i) {
+      for (int j = 0; j < 2; ++j) {
+        float* const element = to + i * kPanel + j * kLanes;
+        from_floats(element, first ? sum[i][j] : sum[i][j] + to_floats(element));
+      }
+    }
+  }
+}
+
+// Of rows [first, last) panels p to p + kPanels - 1
+template <int kPanels>
+void forward_of_nonzeros(const Forward& a, int64_t first, int64_t last, int64_t p) {
+  const int64_t panel = round_up(a.inputs, kPanel) * kPanel, rows = last - first;
+  const Matrix in{at(a.in, first, 0), a.in.ld}, out{at(a.out, first, p * kPanel), a.out.ld};
+  const int32_t* next[kSparseRows];
+  for (int64_t r = 0; r < rows; ++r) next[r] = a.nonzeros->of_row(first + r);
+  for (int64_t k = 0; k < a.inputs; k += kSparseDepth)
+    multiply_listed<kPanels>(in, rows, next, static_cast<int32_t>(min(k + kSparseDepth, a.inputs)),
+                             a.weight + p * panel, panel, out, k == 0);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < kPanels * kPanel; c += kLanes)
+      from_floats(at(out, r, c), activated(a, to_floats(at(out, r, c)), p * kPanel + c));
+}
+
+void forward_of_nonzeros(const Forward& a, int64_t begin, int64_t end) {
+  const int64_t blocks = (a.rows + kSparseRows - 1) / kSparseRows;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item % blocks * kSparseRows, last = min(a.rows, first + kSparseRows);
+    const int64_t p = item / blocks * kSparsePanels;
+    switch (min(kSparsePanels, a.panels - p)) {
+      case 1:
+        forward_of_nonzeros<1>(a, first, last, p);
+        break;
+      case 2:
+        forward_of_nonzeros<2>(a, first, last, p);
+        break;
+      case 3:
+        forward_of_nonzeros<3>(a, first, last, p);
+        break;
+      case 4:
+        forward_of_nonzeros<4>(a, first, last, p);
+        break;
+    }
+  }
+}
+
 void run_part(const Forward& a, int64_t begin, int64_t end) {
+  if (a.nonzeros) return forward_of_nonzeros(a, begin, end);
 #if VAE_FAST_VECTOR_BYTES == 64
   if (a.fast && matrix_unit()) return forward<AmxForward>(a, begin, end);
 #endif
@@ -313,6 +433,35 @@ VAE_FAST_INLINE void update(const WeightGradient& a, float prior, VF g, float* w
 
 VAE_FAST_INLINE float* plus(float* p, int64_t offset) { return p ? p + offset : nullptr; }
 
+// Whether a weight stays as it is where its gradient is zero
+VAE_FAST_INLINE bool stays_without_gradient(const WeightGradient& a) {
+  const UpdateRule& rule = a.rule;
+  return (rule.kind == UpdateKind::adagrad || rule.kind == UpdateKind::sgd) && rule.added_decay == 0 &&
+         rule.kept == 1 && a.prior == 0;
+}
+
+// The sums over the rows so far of panel p: inputs down, the bias's last
+VAE_FAST_INLINE float* sums_of(const WeightGradient& a, int64_t p) {
+  return plus(a.sums, p * (round_up(a.inputs, kPanel) + kTileRows) * kPanel);
+}
+
+// Panel p's bias, from the sum of rows [row, row + depth) of grad_out and those before
+VAE_FAST_INLINE void update_bias(const WeightGradient& a, int64_t p, const float* grad_out, int64_t ld, int64_t row,
+                                 int64_t depth) {
+  float* const so_far = plus(sums_of(a, p), (round_up(a.inputs, kPanel) + kTileRows - 1) * kPanel);
+  for (int j = 0; j < 2; ++j) {
+    VF g = row == 0 ? VF{} : to_floats(so_far + j * kLanes);
+    for (int64_t i = 0; i < depth; ++i) g = g + to_floats(grad_out + i * ld + j * kLanes);
+    if (row + depth < a.rows) {
+      from_floats(so_far + j * kLanes, g);
+      continue;
+    }
+    if (p >= a.logvar_panel) g = g / in_every_lane(a.logvar_scale);
+    const int64_t at = p * kPanel + j * kLanes;
+    update(a, 0, g, a.bias + at, plus(a.bias_state[0], at), plus(a.bias_state[1], at), nullptr);
+  }
+}
+
 template <class Product>
 void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
   constexpr int64_t kRows = Product::Tile::kRows;
@@ -325,8 +474,7 @@ void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < depth; ++i)
         __builtin_memcpy(grad_out + i * kPanel, at(a.grad_out, row + i, p * kPanel), sizeof(float) * kPanel);
       product.take_panel(grad_out, depth);
-      float* sum = plus(a.sums, p * (panel_rows + kTileRows) * kPanel);
-      float* bias_sum = plus(sum, (panel_rows + kTileRows - 1) * kPanel);
+      float* const sum = sums_of(a, p);
       const bool last = row + depth == a.rows;
       for (int64_t k = 0; k < a.inputs; k += kRows) {
         typename Product::Tile tile;
@@ -349,21 +497,91 @@ void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
           }
         }
       }
-      for (int j = 0; j < 2; ++j) {
-        VF g = row == 0 ? VF{} : to_floats(bias_sum + j * kLanes);
-        for (int64_t i = 0; i < depth; ++i) g = g + to_floats(grad_out + i * kPanel + j * kLanes);
-        const int64_t at = p * kPanel + j * kLanes;
-        if (last && p >= a.logvar_panel) g = g / in_every_lane(a.logvar_scale);
-        if (last)
-          update(a, 0, g, a.bias + at, plus(a.bias_state[0], at), plus(a.bias_state[1], at), nullptr);
-        else
-          from_floats(bias_sum + j * kLanes, g);
+      update_bias(a, p, grad_out, kPanel, row, depth);
+    }
+  });
+}
+
+// Panels side by side in a gradient from lists: with the two columns of a pair they fill the registers.
+constexpr int64_t kListedPanels = 3;
+
+// The same from lists, of panels p to p + kPanels - 1, and of the sums' part that has rows [row, row + depth)
+template <int kPanels>
+void weight_gradient_of_nonzeros(const WeightGradient& part, int64_t p, int64_t row, int64_t depth) {
+  const WeightGradient a = part;  // so that nothing stored can change it, and the update's numbers stay in registers
+  constexpr int64_t kWidth = kPanels * kPanel;
+  alignas(64) float grad_out[kRowDepth * kWidth];
+  for (int64_t i = 0; i < depth; ++i)
+    __builtin_memcpy(grad_out + i * kWidth, at(a.grad_out, row + i, p * kPanel), sizeof(float) * kWidth);
+  const int64_t panel = round_up(a.inputs, kPanel) * kPanel;
+  const bool all = depth == a.rows, last = row + depth == a.rows, stays = stays_without_gradient(a);
+  for (int64_t k = 0; k < a.inputs; k += 2) {
+    const Nonzeros::Pair* element = a.nonzeros->of_pair(k / 2);
+    const Nonzeros::Pair* end = element + a.nonzeros->per_pair[k / 2];
+    if (element == end && stays) continue;
+    if (last) {
+      for (int i = 0; i < kPanels; ++i)
+        for (const float* what : {a.weight, a.state[0], a.state[1]})
+          if (what) prefetch(what + (p + i) * panel + k * kPanel, 2 * kPanel * 4);
+    }
+    if (!all) {
+      element = first_from(element, end, row);
+      end = first_from(element, end, row + depth);
+    }
+    VF sum[2][kPanels][2] = {};
+    for (; element < end; ++element) {
+      const VF left[2] = {in_every_lane(element->values[0]), in_every_lane(element->values[1])};
+      const float* const right = grad_out + (element->row - row) * kWidth;
+#pragma GCC unroll 4
+      for (int i = 0; i < kPanels; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          const VF g = loaded(right + i * kPanel + j * kLanes);
+          sum[0][i][j] = Math<VF>::fma(left[0], g, sum[0][i][j]);
+          sum[1][i][j] = Math<VF>::fma(left[1], g, sum[1][i][j]);
+        }
+      }
+    }
+    VF gradient[2][kPanels][2];
+    __builtin_memcpy(gradient, sum, sizeof sum);
+    for (int64_t c = 0; c < min(2, a.inputs - k); ++c) {
+      for (int i = 0; i < kPanels; ++i) {
+        for (int j = 0; j < 2; ++j) {
+          const int64_t at = (p + i) * panel + (k + c) * kPanel + j * kLanes;
+          float* const so_far = plus(sums_of(a, p + i), (k + c) * kPanel + j * kLanes);
+          VF g = gradient[c][i][j];
+          if (row > 0) g = g + to_floats(so_far);
+          if (last)
+            update(a, a.prior, g, a.weight + at, plus(a.state[0], at), plus(a.state[1], at), plus(a.operand, at));
+          else
+            from_floats(so_far, g);
+        }
+      }
+    }
+  }
+  for (int i = 0; i < kPanels; ++i) update_bias(a, p + i, grad_out + i * kPanel, kWidth, row, depth);
+}
+
+void weight_gradient_of_nonzeros(const WeightGradient& a, int64_t begin, int64_t end) {
+  in_parts(a.rows, kRowDepth, 1, [&](int64_t row, int64_t depth) {
+    for (int64_t p = begin; p < end; p += kListedPanels) {
+      switch (min(kListedPanels, end - p)) {
+        case 1:
+          weight_gradient_of_nonzeros<1>(a, p, row, depth);
+          break;
+        case 2:
+          weight_gradient_of_nonzeros<2>(a, p, row, depth);
+          break;
+        case 3:
+          weight_gradient_of_nonzeros<3>(a, p, row, depth);
+          break;
       }
     }
   });
 }
 
 void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
+  if (a.nonzeros) return weight_gradient_of_nonzeros(a, begin, end);
 #if VAE_FAST_VECTOR_BYTES == 64
   if (a.operand && matrix_unit()) return weight_gradient<AmxWeightGradient>(a, begin, end);
 #endif
@@ -378,7 +596,7 @@ void run_part(const Gather& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-TileShape tile_shape() { return {kTileRows, kPanel, kRowBlock, kRowDepth}; }
+TileShape tile_shape() { return {kTileRows, kPanel, kRowBlock, kRowDepth, kSparseRows, kSparsePanels}; }
 
 #define VAE_FAST_DEFINE(Part) \
   void run(const Part& part, int64_t begin, int64_t end) { run_part(part, begin, end); }

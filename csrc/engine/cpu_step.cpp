@@ -145,10 +145,11 @@ void CpuStep::reserve(int64_t batch) {
       layer.sums.at_least(static_cast<size_t>(width * (round_up(layer.inputs, tile_.panel) + tile_.rows)));
   }
   matrix(grad_z_, decoded, network_.latent_dim);
-  const int64_t row_tiles = round_up(batch, tile_.rows) / tile_.rows;
-  const int64_t column_tiles = round_up(network_.data_dim, tile_.rows) / tile_.rows;
-  of_rows_.resize(static_cast<size_t>(row_tiles)), columns_.resize(static_cast<size_t>(row_tiles * network_.data_dim));
-  of_columns_.resize(static_cast<size_t>(column_tiles)), row_numbers_.resize(static_cast<size_t>(column_tiles * batch));
+  const auto room = static_cast<size_t>(batch), columns = static_cast<size_t>(network_.data_dim);
+  if (leaves_zeros_out_) {
+    columns_.resize(room * (columns + cpu::Nonzeros::kSpare)), per_row_.resize(room);
+    pairs_.resize(room * ((columns + 1) / 2)), per_pair_.resize((columns + 1) / 2);
+  }
   const int64_t widest = wake_sleep ? std::max(network_.latent_dim, network_.data_dim) : network_.latent_dim;
   eps_.at_least(static_cast<size_t>(decoded * widest));
   const int64_t blocks = (decoded + tile_.block - 1) / tile_.block;
@@ -157,17 +158,22 @@ void CpuStep::reserve(int64_t batch) {
 }
 
 // Of the encoder's first layer's input, for its two products
-void CpuStep::find_zeros(Matrix x, int64_t batch) {
+void CpuStep::find_nonzeros(Matrix x, int64_t batch, bool by_rows) {
+  nonzeros_ = nullptr;
   if (!leaves_zeros_out_) return;
-  cpu::launch(cpu::FindZeros{batch, network_.data_dim, x, columns_.data(), row_numbers_.data(), of_rows_.data(),
-                             of_columns_.data()});
+  if (by_rows) cpu::launch(cpu::NonzerosOfRows{found_, x});
+  // From about 0.4 on lists cost more than they save (bench_products).
+  const int64_t count = std::accumulate(per_row_.begin(), per_row_.begin() + batch, int64_t{0});
+  if (10 * count > 4 * batch * network_.data_dim) return;
+  cpu::launch(cpu::NonzerosOfColumns{found_, x});
+  nonzeros_ = &found_;
 }
 
 void CpuStep::forward(Layer& layer, Matrix in, int64_t rows, Epilogue epilogue, const Targets& targets) {
   cpu::Forward a{};
   a.epilogue = epilogue, a.fast = fast_;
   a.rows = rows, a.inputs = layer.inputs, a.outputs = layer.groups[0], a.panels = layer.panels;
-  a.in = in, a.nonzero = leaves_zeros_out_ && &layer == &layers_[0] ? of_rows_.data() : nullptr;
+  a.in = in, a.nonzeros = &layer == &layers_[0] ? nonzeros_ : nullptr;
   a.weight = operand(layer), a.bias = layer.bias.data(), a.out = layer.out;
   a.logvar_panel = logvar_panel(layer), a.logvar_scale = network_.logvar_scale;
   a.x = targets.x, a.x_rows = targets.rows, a.scale = targets.scale;
@@ -227,7 +233,7 @@ void CpuStep::update(int64_t batch, int64_t decoded, const Optimizer& optimizer,
                         layer.grad_out,
                         logvar_panel(layer),
                         network_.logvar_scale,
-                        leaves_zeros_out_ && i == 0 ? of_columns_.data() : nullptr,
+                        i == 0 ? nonzeros_ : nullptr,
                         rule,
                         factors,
                         objective_.weight_prior,
@@ -250,9 +256,10 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
   const Layer& heads = layers_[heads_];
   const Matrix in = fast_ ? matrix(x_operand_, batch_, network_.data_dim) : exact_x_, z = layers_[heads_ + 1].in;
 
-  cpu::launch(
-      cpu::Gather{data.dtype, data.dynamic, data.scale, batch, data.cols, seeds[1], data.values, rows, exact_x_, in});
-  find_zeros(in, batch);
+  found_ = {batch, network_.data_dim, columns_.data(), per_row_.data(), pairs_.data(), per_pair_.data()};
+  cpu::launch(cpu::Gather{data.dtype, data.dynamic, data.scale, batch, data.cols, seeds[1], data.values, rows, exact_x_,
+                          in, leaves_zeros_out_ ? &found_ : nullptr});
+  find_nonzeros(in, batch, false);
   encode(in, batch);
   cpu::launch(PhiloxNormal{DType::f32, decoded * latent, &seeds[0], eps_.data()});
   cpu::launch(
@@ -264,7 +271,7 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
     dream(batch, seeds[0]);
     log_likelihood = decode_and_compare(z, batch, batch);
     for (size_t i = layers_.size(); i-- > heads_ + 2;) input_gradient(i, batch, layers_[i - 1].grad_out);
-    find_zeros(dreamed_x_, batch);
+    find_nonzeros(dreamed_x_, batch, true);
     encode(dreamed_x_, batch);
     // log q(z'|x') goes to kl_, which has been summed; nobody asks for it.
     cpu::launch(cpu::GaussianLoss{false, fast_, batch, latent, half, batch, heads.out, dreamed_z_,

@@ -81,7 +81,7 @@ class CpuStep {
 
   Terms step(const Data& data, const int64_t* rows, int64_t batch, const int64_t* seeds, const Optimizer& optimizer,
              int64_t update_number);
-  void find_zeros(cpu::Matrix x, int64_t batch);
+  void find_nonzeros(cpu::Matrix x, int64_t batch, bool by_rows);
   void forward(Layer& layer, cpu::Matrix in, int64_t rows, cpu::Epilogue epilogue, const Targets& targets);
   void encode(cpu::Matrix x, int64_t batch);
   void decode(cpu::Matrix z, int64_t rows, const Targets& targets);
@@ -93,7 +93,7 @@ class CpuStep {
   Network network_;
   Objective objective_;
   bool fast_;
-  bool leaves_zeros_out_;  // of the encoder's first layer; a matrix unit has no use for it
+  bool leaves_zeros_out_;  // where it can; a matrix unit has no use for it
   cpu::TileShape tile_;
   std::vector<Layer> layers_;  // the encoder's hidden ones, the heads, the decoder's hidden ones, the outputs
   size_t heads_;               // which one that is
@@ -101,8 +101,10 @@ class CpuStep {
   Buffer x_, x_operand_, eps_, z_, grad_z_, dream_of_x_, dream_of_z_;
   cpu::Matrix exact_x_{}, dreamed_x_{}, dreamed_z_{};  // the last two of wake-sleep alone
   std::vector<cpu::WeightGradient> updates_;
-  std::vector<int32_t> columns_, row_numbers_;
-  std::vector<cpu::TermList> of_rows_, of_columns_;
+  std::vector<int32_t> columns_, per_row_, per_pair_;
+  std::vector<cpu::Nonzeros::Pair> pairs_;
+  cpu::Nonzeros found_{};
+  const cpu::Nonzeros* nonzeros_ = nullptr;  // of the encoder's first layer's input, where they are few
   std::vector<double> log_likelihood_, kl_;
 };
 

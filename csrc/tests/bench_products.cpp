@@ -12,7 +12,7 @@
 #include <random>
 #include <vector>
 
-#include "../cpu/training.h"
+#include "../engine/cpu_step.h"
 
 using namespace vae_fast;
 
@@ -49,47 +49,52 @@ int main(int argc, char** argv) {
   const int64_t in_ld = round_up(round_up(inputs, tile.rows), tile.panel) + tile.panel, out_ld = width + tile.panel;
   std::mt19937 random(0);
   std::uniform_real_distribution<float> uniform(0, 1);
+  std::vector<std::unique_ptr<engine::Buffer>> memory;  // on cache lines, as a step has it
   const auto filled = [&](int64_t count) {
-    std::vector<float> values(static_cast<size_t>(count));
-    for (float& value : values) value = uniform(random);
+    memory.push_back(std::make_unique<engine::Buffer>());
+    float* const values = memory.back()->at_least(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) values[i] = uniform(random);
     return values;
   };
-  std::vector<float> in = filled(rows * in_ld), sparse = in, out = filled(rows * out_ld), grad = filled(rows * out_ld);
-  for (float& value : sparse)
-    if (uniform(random) < zeros) value = 0;
-  std::vector<float> grad_in(in.size()), weight = filled(panel_rows * width), bias(static_cast<size_t>(width));
-  std::vector<float> state = filled(panel_rows * width), bias_state = filled(width);
-  std::vector<float> sums(static_cast<size_t>(width * (panel_rows + tile.rows)));
-  const int64_t row_tiles = rows / tile.rows, column_tiles = round_up(inputs, tile.rows) / tile.rows;
-  std::vector<int32_t> columns(static_cast<size_t>(row_tiles * inputs)),
-      numbers(static_cast<size_t>(column_tiles * batch));
-  std::vector<cpu::TermList> of_rows(static_cast<size_t>(row_tiles)), of_columns(static_cast<size_t>(column_tiles));
+  float *const in = filled(rows * in_ld), *const sparse = filled(rows * in_ld), *const grad_in = filled(rows * in_ld);
+  float *const out = filled(rows * out_ld), *const grad = filled(rows * out_ld);
+  for (int64_t i = 0; i < rows * in_ld; ++i)
+    if (i % in_ld >= inputs || uniform(random) < zeros) sparse[i] = 0;
+  float *const weight = filled(panel_rows * width), *const state = filled(panel_rows * width);
+  float *const bias = filled(width), *const bias_state = filled(width);
+  float* const sums = filled(width * (panel_rows + tile.rows));
+  std::vector<int32_t> columns(static_cast<size_t>(batch * (inputs + cpu::Nonzeros::kSpare)));
+  std::vector<int32_t> per_row(static_cast<size_t>(batch)), per_pair(static_cast<size_t>(inputs));
+  std::vector<cpu::Nonzeros::Pair> pairs(static_cast<size_t>(batch * inputs));
+  const cpu::Nonzeros nonzeros{batch, inputs, columns.data(), per_row.data(), pairs.data(), per_pair.data()};
   const double flops = 2.0 * static_cast<double>(batch * inputs * outputs);
   std::printf("%s, %d threads, %ld x %ld x %ld\n", cpu::capability(), at::get_num_threads(), static_cast<long>(batch),
               static_cast<long>(inputs), static_cast<long>(outputs));
 
   for (const bool lists : {false, true}) {
-    const cpu::Matrix x{lists ? sparse.data() : in.data(), in_ld};
-    const cpu::FindZeros find{batch, inputs, x, columns.data(), numbers.data(), of_rows.data(), of_columns.data()};
-    cpu::launch(find);
-    if (lists) time_of("lists of zeros", 0, [&] { cpu::launch(find); });
+    const cpu::Matrix x{lists ? sparse : in, in_ld};
+    const auto find = [&] {
+      cpu::launch(cpu::NonzerosOfRows{nonzeros, x});
+      cpu::launch(cpu::NonzerosOfColumns{nonzeros, x});
+    };
+    find();
+    if (lists) time_of("lists of nonzeros", 0, find);
     cpu::Forward forward{};
     forward.epilogue = cpu::Epilogue::tanh;
     forward.rows = batch, forward.inputs = inputs, forward.outputs = outputs, forward.panels = panels;
-    forward.in = x, forward.weight = weight.data(), forward.bias = bias.data(), forward.out = {out.data(), out_ld};
-    forward.nonzero = lists ? of_rows.data() : nullptr;
+    forward.in = x, forward.weight = weight, forward.bias = bias, forward.out = {out, out_ld};
+    forward.nonzeros = lists ? &nonzeros : nullptr;
     time_of(lists ? "forward, tanh, zeros left out" : "forward, tanh", flops, [&] { cpu::launch(forward); });
     cpu::WeightGradient update{};
     update.rows = batch, update.inputs = inputs, update.panels = panels;
-    update.in = x, update.grad_out = {grad.data(), out_ld}, update.nonzero = lists ? of_columns.data() : nullptr;
+    update.in = x, update.grad_out = {grad, out_ld}, update.nonzeros = lists ? &nonzeros : nullptr;
     update.rule.kind = UpdateKind::adagrad, update.rule.eps = 1e-8f, update.rule.kept = 1;
     update.factors = {1e-9f, 1};
-    update.weight = weight.data(), update.bias = bias.data();
-    update.state[0] = state.data(), update.bias_state[0] = bias_state.data(), update.sums = sums.data();
+    update.weight = weight, update.bias = bias;
+    update.state[0] = state, update.bias_state[0] = bias_state, update.sums = sums;
     time_of(lists ? "update, Adagrad, zeros left out" : "update, Adagrad", flops, [&] { cpu::launch(&update, 1); });
   }
-  const cpu::InputGradient gradient{
-      cpu::Epilogue::tanh,    false, batch, inputs, panels, {grad.data(), out_ld}, weight.data(), {in.data(), in_ld},
-      {grad_in.data(), in_ld}};
+  const cpu::InputGradient gradient{cpu::Epilogue::tanh, false,  batch,       inputs,          panels,
+                                    {grad, out_ld},      weight, {in, in_ld}, {grad_in, in_ld}};
   time_of("input gradient, tanh", flops, [&] { cpu::launch(gradient); });
 }
