@@ -46,9 +46,10 @@ VAE_FAST_INLINE VF in_every_lane(float a) {
 }
 
 // A vector that stays in a register while several instructions read it; the compiler would rather load it for each.
+// Emulated vectors are longer than registers.
 VAE_FAST_INLINE VF loaded(const float* p) {
   VF v = to_floats(p);
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !(defined(VAE_FAST_EMULATE_AVX512) && VAE_FAST_VECTOR_BYTES == 64)
   asm("" : "+x"(v));
 #endif
   return v;
