@@ -207,6 +207,15 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   }
 }
 
+// body(min(n, kMost)), a constant
+template <int64_t kMost, class Body>
+VAE_FAST_INLINE void with_constant(int64_t n, Body body) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_constant<kMost - 1>(n, body);
+  }
+  body(std::integral_constant<int, static_cast<int>(kMost)>{});
+}
+
 // Panels side by side in a product with few elements that are not zero: their sums for one row fill the registers that
 // an addition's latency asks for.
 constexpr int64_t kSparsePanels = 4;
@@ -264,20 +273,7 @@ void forward_of_nonzeros(const Forward& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item % blocks * kSparseRows, last = min(a.rows, first + kSparseRows);
     const int64_t p = item / blocks * kSparsePanels;
-    switch (min(kSparsePanels, a.panels - p)) {
-      case 1:
-        forward_of_nonzeros<1>(a, first, last, p);
-        break;
-      case 2:
-        forward_of_nonzeros<2>(a, first, last, p);
-        break;
-      case 3:
-        forward_of_nonzeros<3>(a, first, last, p);
-        break;
-      case 4:
-        forward_of_nonzeros<4>(a, first, last, p);
-        break;
-    }
+    with_constant<kSparsePanels>(a.panels - p, [&](auto panels) { forward_of_nonzeros<panels>(a, first, last, p); });
   }
 }
 
@@ -503,7 +499,7 @@ void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
 }
 
 // Panels side by side in a gradient from lists: with the two columns of a pair they fill the registers.
-constexpr int64_t kListedPanels = 3;
+constexpr int64_t kSparseGradientPanels = 3;
 
 // The same from lists, of panels p to p + kPanels - 1, and of the sums' part that has rows [row, row + depth)
 template <int kPanels>
@@ -564,18 +560,9 @@ void weight_gradient_of_nonzeros(const WeightGradient& part, int64_t p, int64_t 
 
 void weight_gradient_of_nonzeros(const WeightGradient& a, int64_t begin, int64_t end) {
   in_parts(a.rows, kRowDepth, 1, [&](int64_t row, int64_t depth) {
-    for (int64_t p = begin; p < end; p += kListedPanels) {
-      switch (min(kListedPanels, end - p)) {
-        case 1:
-          weight_gradient_of_nonzeros<1>(a, p, row, depth);
-          break;
-        case 2:
-          weight_gradient_of_nonzeros<2>(a, p, row, depth);
-          break;
-        case 3:
-          weight_gradient_of_nonzeros<3>(a, p, row, depth);
-          break;
-      }
+    for (int64_t p = begin; p < end; p += kSparseGradientPanels) {
+      with_constant<kSparseGradientPanels>(end - p,
+                                           [&](auto panels) { weight_gradient_of_nonzeros<panels>(a, p, row, depth); });
     }
   });
 }
