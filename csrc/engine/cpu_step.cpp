@@ -162,7 +162,7 @@ void CpuStep::find_nonzeros(Matrix x, int64_t batch, bool by_rows) {
   nonzeros_ = nullptr;
   if (!leaves_zeros_out_) return;
   if (by_rows) cpu::launch(cpu::NonzerosOfRows{found_, x});
-  // Lists save little where a half is not zero, and nothing beyond (bench_products); 0.4 stays clear of that.
+  // Lists save nothing where 0.6 of the elements are not zero (bench_products); 0.4 stays clear of that.
   const int64_t count = std::accumulate(per_row_.begin(), per_row_.begin() + batch, int64_t{0});
   if (10 * count > 4 * batch * network_.data_dim) return;
   cpu::launch(cpu::NonzerosOfColumns{found_, x});
