@@ -238,32 +238,37 @@ def test_fast_is_the_step_with_operands_rounded_to_bfloat16() -> None:
         assert 1e-7 < error < 2**-6, name
 
 
-FAST = {
+ON_A_MATRIX_UNIT = {
     "paper's": {"data": pixels(120, 784), "hidden_dims": [500], "latent_dim": 20, "batch": 100},
     "odd sizes": {"hidden_dims": [33, 1, 65], "latent_dim": 3, "batch": 31, "num_samples": 3},
     "several blocks of rows": {"data": pixels(900, 70), "hidden_dims": [40], "batch": 613},
+    "dense": {"data": pixels(300, 270, zeros=0.1), "hidden_dims": [300], "batch": 260},
     "Gaussian": {"likelihood": "gaussian", "mean_activation": "sigmoid", "activation": "relu", "batch": 1},
     "no hidden layers": {"hidden_dims": [], "estimator": "sgvb_a", "weight_prior": True},
 }
 
 
-def steps_in_bfloat16(path: str) -> None:
-    """Parameters before and after one step of SGD, whose moves are the gradients, of each of FAST."""
-    how: dict[str, Any] = {"precision": "fast", "optimizer": "sgd", "steps": 1}
+def steps_of(path: str, precision: str) -> None:
+    """Parameters before and after one step of SGD, of each of these. The moves are the gradients, times as much
+    as leaves no rounding of the parameters in them."""
+    how: dict[str, Any] = {"precision": precision, "optimizer": "sgd", "steps": 1}
     found = {
-        name: [train("native", lr=lr, **how, **case)[1] for lr in (0.0, 1.0)] for name, case in FAST.items()
+        name: [train("native", lr=lr, **how, **case)[1] for lr in (0.0, 1024.0)]
+        for name, case in ON_A_MATRIX_UNIT.items()
     }
     torch.save(found, path)
 
 
+# A product of parts that is left out is 4e-6 of the whole. In bfloat16, sums of another order are sometimes
+# rounded to the other side: an error of 2^-9, in few.
+@pytest.mark.parametrize(("precision", "most"), [("exact", 1e-6), ("fast", 2e-3)])
 @pytest.mark.skipif(_C.cpu_capability() != "amx", reason="no matrix unit, or not to be used")
-def test_a_matrix_unit_rounds_as_vectors_do(tmp_path: Path) -> None:
+def test_a_matrix_unit_rounds_as_vectors_do(tmp_path: Path, precision: str, most: float) -> None:
     found = []
     for capability in ("amx", "avx512"):
         path = str(tmp_path / capability)
-        code = f"import test_native; test_native.steps_in_bfloat16({path!r})"
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", f"import test_native; test_native.steps_of({path!r}, {precision!r})"],
             env={**os.environ, "VAE_FAST_CPU_CAPABILITY": capability},
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -271,12 +276,11 @@ def test_a_matrix_unit_rounds_as_vectors_do(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         found.append(torch.load(path))
-    for name in FAST:
+    for name in ON_A_MATRIX_UNIT:
         (before, unit), (_, vectors) = found[0][name], found[1][name]
         for key, value in vectors.items():
-            # Sums of another order are now and then rounded to the other side: an error of 2^-9, in few.
             error, moved = (unit[key] - value).norm(), (value - before[key]).norm()
-            assert moved > 0 and error / moved < 2e-3, (name, key, float(error / moved))
+            assert moved > 0 and error / moved < most, (name, key, float(error / moved))
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])

@@ -172,9 +172,12 @@ class NativeEngine(AutogradEngine):
                 "three TF32 products for one of float32" if self.precision == "exact" else "one product"
             )
             return f"many steps to a graph, {products}"
+        on_matrix_unit = _C.cpu_capability() == "amx"
         if self.precision == "exact":
+            if on_matrix_unit:
+                return "float32, large products through AMX in three bfloat16 parts"
             return f"float32 on {_C.cpu_capability()}"
-        if _C.cpu_capability() == "amx":
+        if on_matrix_unit:
             return "bfloat16 products through AMX"
         return "bfloat16 products, emulated in float32: no faster than 'exact' on this processor"
 

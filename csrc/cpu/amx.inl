@@ -1,8 +1,12 @@
-// The tiles of matmul.inl from a matrix unit (AMX: TILE, BF16), for operands that are bfloat16 numbers already: `fast`.
-// Included by the file of AVX-512, after matmul.inl.
+// The tiles of matmul.inl from a matrix unit (AMX: TILE, BF16). Included by the file of AVX-512, after matmul.inl.
+//
+// The unit multiplies bfloat16 numbers and adds in float. Operands of `fast` are such numbers already. A float of
+// `exact` is the sum of three, high + middle + low, of 8 significant bits each; three of the nine products, none of
+// which is more than 2^-24 of a b, are left out:
+//   a b = high high + (high middle + middle high) + (high low + middle middle + low high)
 //
 // A product of 32 x 32 elements takes four accumulators of 16 x 16; each instruction adds 32 terms. Operands are packed
-// into blocks of 32 terms, which have the shape that the instruction reads:
+// into blocks of 32 terms, one for each part of the numbers, which have the shape that the instruction reads:
 //   left    [32 rows][16 pairs of terms]       a pair is two bfloat16 in 32 bits, the first below
 //   right   [2 halves][16 pairs][16 columns]
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2: TDPBF16PS.
@@ -23,6 +27,14 @@ constexpr int64_t kAmxRows = 32, kAmxTerms = 32, kAmxBlock = kAmxRows * kAmxTerm
 static_assert(kPanel == 32);
 
 constexpr int64_t kAmxTiles = (kRowBlock + kAmxRows - 1) / kAmxRows;  // of rows, in a block of them
+constexpr int64_t kAmxHalf = kAmxBlock / 2;
+
+// Parts of a number. Splitting weights pays for itself with some 20 rows (predicted from rates, not measured).
+constexpr int kFastParts = 1, kExactParts = 3;
+constexpr int64_t kAmxExactRows = 32;
+VAE_FAST_INLINE bool on_matrix_unit(bool fast, int64_t rows) {
+  return matrix_unit() && (fast || rows >= kAmxExactRows);
+}
 
 VAE_FAST_INLINE int64_t amx_blocks(int64_t terms) { return (terms + kAmxTerms - 1) / kAmxTerms; }
 
@@ -44,8 +56,28 @@ struct AmxTiles {
   AmxTiles& operator=(const AmxTiles&) = delete;
 };
 
-// c[32][kPanel] = (or, unless `first`, +=) left right over so many blocks of terms
-VAE_FAST_INLINE void amx_multiply(const uint32_t* left, const uint32_t* right, int64_t blocks, float* c, bool first) {
+template <int kDown>
+VAE_FAST_INLINE void load_left(const uint32_t* block) {
+  _tile_loadd(4, block, 64);
+  if constexpr (kDown == 2) _tile_loadd(5, block + kAmxHalf, 64);
+}
+template <int kAcross>
+VAE_FAST_INLINE void load_right(const uint32_t* block) {
+  _tile_loadd(6, block, 64);
+  if constexpr (kAcross == 2) _tile_loadd(7, block + kAmxHalf, 64);
+}
+template <int kDown, int kAcross>
+VAE_FAST_INLINE void multiply_loaded() {
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kAcross == 2) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (kDown == 2) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (kDown == 2 && kAcross == 2) _tile_dpbf16ps(3, 5, 7);
+}
+
+// c[32][kPanel] = (or, unless `first`, +=) left right over so many blocks of terms, in kDown halves of the rows by
+// kAcross of the columns: what has 16 of them or fewer needs one.
+template <int kParts, int kDown = 2, int kAcross = 2>
+void amx_multiply(const uint32_t* left, const uint32_t* right, int64_t blocks, float* c, bool first) {
   constexpr int64_t kStride = kPanel * sizeof(float);
   float *beside = c + 16, *below = c + 16 * kPanel, *across = below + 16;
   asm volatile("" ::: "memory");  // the compiler does not know that a tile is read from memory, or written to it
@@ -60,70 +92,118 @@ VAE_FAST_INLINE void amx_multiply(const uint32_t* left, const uint32_t* right, i
     _tile_loadd(2, below, kStride);
     _tile_loadd(3, across, kStride);
   }
-  for (int64_t i = 0; i < blocks; ++i, left += kAmxBlock, right += kAmxBlock) {
-    _tile_loadd(4, left, 64);
-    _tile_loadd(5, left + kAmxBlock / 2, 64);
-    _tile_loadd(6, right, 64);
-    _tile_loadd(7, right + kAmxBlock / 2, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+  constexpr int64_t kMiddle = kAmxBlock, kLow = 2 * kAmxBlock;
+  for (int64_t i = 0; i < blocks; ++i, left += kParts * kAmxBlock, right += kParts * kAmxBlock) {
+    load_left<kDown>(left);
+    if constexpr (kParts == kExactParts) {  // from small to large, a new operand for each
+      load_right<kAcross>(right + kLow);
+      multiply_loaded<kDown, kAcross>();
+      load_right<kAcross>(right + kMiddle);
+      multiply_loaded<kDown, kAcross>();
+      load_left<kDown>(left + kMiddle);
+      multiply_loaded<kDown, kAcross>();
+      load_right<kAcross>(right);
+      multiply_loaded<kDown, kAcross>();
+      load_left<kDown>(left + kLow);
+      multiply_loaded<kDown, kAcross>();
+      load_left<kDown>(left);
+    } else {
+      load_right<kAcross>(right);
+    }
+    multiply_loaded<kDown, kAcross>();
   }
   _tile_stored(0, c, kStride);
-  _tile_stored(1, beside, kStride);
-  _tile_stored(2, below, kStride);
-  _tile_stored(3, across, kStride);
+  if constexpr (kAcross == 2) _tile_stored(1, beside, kStride);
+  if constexpr (kDown == 2) _tile_stored(2, below, kStride);
+  if constexpr (kDown == 2 && kAcross == 2) _tile_stored(3, across, kStride);
   asm volatile("" ::: "memory");
 }
 
-// --- packing: of floats that are bfloat16 numbers the upper halves ---------------------------------------------------
+// --- packing ---------------------------------------------------------------------------------------------------------
 
-VAE_FAST_INLINE VU pair_of(VF first, VF second) { return ((VU)first >> 16) | ((VU)second & 0xFFFF0000u); }
+// The bfloat16 numbers, in upper halves, that v is the sum of
+template <int kParts>
+struct Split {
+  VF part[kParts];
+  VAE_FAST_INLINE explicit Split(VF v) {
+    if constexpr (kParts == kExactParts) {
+      const auto nearest = [](VF a) { return (VF)(((VU)a + 0x8000u) & 0xFFFF0000u); };
+      const VF high = nearest(v), rest = v - high, middle = nearest(rest);
+      part[0] = high, part[1] = middle, part[2] = rest - middle;  // exact; NaN for NaN and infinity
+    } else {
+      part[0] = v;
+    }
+  }
+};
+
+// A pair is two terms of a block that are 16 apart, for whole vectors of them.
+template <int kParts>
+VAE_FAST_INLINE void store_pairs(VF terms, VF terms_16_on, uint32_t* to) {
+  const Split<kParts> first(terms), second(terms_16_on);
+  for (int part = 0; part < kParts; ++part) {
+    const VU pairs = ((VU)first.part[part] >> 16) | ((VU)second.part[part] & 0xFFFF0000u);
+    __builtin_memcpy(to + part * kAmxBlock, &pairs, sizeof pairs);
+  }
+}
 
 // Terms side by side: block i has terms 32 i to 32 i + 31 of 32 rows, of which `rows` are there. Of the terms those
 // that fill up a block are read and must be finite.
+template <int kParts>
 VAE_FAST_INLINE void pack_left(const float* from, int64_t ld, int64_t rows, int64_t blocks, uint32_t* to) {
-  typedef uint32_t Half __attribute__((vector_size(32)));
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int64_t i = 0; i < kAmxRows; ++i, to += kAmxTerms / 2) {
-      if (i >= rows) {
-        __builtin_memset(to, 0, 64);
-        continue;
-      }
-      for (int half = 0; half < 2; ++half) {
-        VU64 two;
-        __builtin_memcpy(&two, from + i * ld + block * kAmxTerms + half * kLanes, sizeof two);
-        const Half pairs = __builtin_convertvector((two >> 32 & 0xFFFF0000u) | (two & 0xFFFFFFFFu) >> 16, Half);
-        __builtin_memcpy(to + half * 8, &pairs, sizeof pairs);
-      }
+  for (int64_t block = 0; block < blocks; ++block, to += kParts * kAmxBlock) {
+    for (int64_t i = 0; i < kAmxRows; ++i) {
+      const float* terms = from + i * ld + block * kAmxTerms;
+      store_pairs<kParts>(i < rows ? to_floats(terms) : VF{}, i < rows ? to_floats(terms + 16) : VF{}, to + i * 16);
     }
   }
 }
 
 // Terms below each other: block i has rows 32 i to 32 i + 31 of kPanel columns, of which `terms` rows are there.
+template <int kParts>
 VAE_FAST_INLINE void pack_right(const float* from, int64_t ld, int64_t terms, uint32_t* to) {
-  for (int64_t block = 0; block < amx_blocks(terms); ++block, to += kAmxBlock) {
-    for (int64_t pair = 0; pair < kAmxTerms / 2; ++pair) {
-      const int64_t term = block * kAmxTerms + 2 * pair;
-      for (int half = 0; half < 2; ++half) {
-        const float* first = from + term * ld + half * kLanes;
-        const VU both =
-            pair_of(term < terms ? to_floats(first) : VF{}, term + 1 < terms ? to_floats(first + ld) : VF{});
-        __builtin_memcpy(to + half * kAmxBlock / 2 + pair * 16, &both, sizeof both);
-      }
-    }
+  const auto row = [&](int64_t term, int half) {
+    return term < terms ? to_floats(from + term * ld + half * kLanes) : VF{};
+  };
+  for (int64_t block = 0; block < amx_blocks(terms); ++block, to += kParts * kAmxBlock)
+    for (int64_t pair = 0, term = block * kAmxTerms; pair < 16; ++pair, ++term)
+      for (int half = 0; half < 2; ++half)
+        store_pairs<kParts>(row(term, half), row(term + 16, half), to + half * kAmxHalf + pair * 16);
+}
+
+// 16 vectors transposed: squares of 8, 4, 2 and 1 change places across the diagonal of one twice their size.
+template <int kSize>
+VAE_FAST_INLINE void exchange(VF (&rows)[16]) {
+  typedef int32_t Order __attribute__((vector_size(64)));
+  Order upper{}, lower{};
+  for (int i = 0; i < 16; ++i) {
+    upper[i] = i & kSize ? 16 + i - kSize : i;
+    lower[i] = i & kSize ? 16 + i : i + kSize;
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i & kSize) continue;
+    const VF a = rows[i], b = rows[i + kSize];
+    rows[i] = __builtin_shuffle(a, b, upper);
+    rows[i + kSize] = __builtin_shuffle(a, b, lower);
+  }
+}
+
+// to[n][k] = from[k][n], 16 x 16 elements of 32 bits; also in place
+VAE_FAST_INLINE void transpose16(const float* from, int64_t from_ld, float* to, int64_t to_ld) {
+  VF rows[16];
+  for (int i = 0; i < 16; ++i) rows[i] = to_floats(from + i * from_ld);
+  exchange<8>(rows);
+  exchange<4>(rows);
+  exchange<2>(rows);
+  exchange<1>(rows);
+  for (int i = 0; i < 16; ++i) from_floats(to + i * to_ld, rows[i]);
 }
 
 // Between left and right, in place: each 16 x 16 pairs of a block transposed
 VAE_FAST_INLINE void turn(uint32_t* blocks, int64_t count) {
-  for (uint32_t* square = blocks; square < blocks + count * kAmxBlock; square += kAmxBlock / 2) {
-    alignas(64) float turned[16 * 16];
-    for (int down = 0; down < 16; down += 4)
-      for (int across = 0; across < 16; across += 4)
-        transpose4<16, 16>(reinterpret_cast<const float*>(square) + across * 16 + down, turned + down * 16 + across);
-    __builtin_memcpy(square, turned, sizeof turned);
+  for (int64_t i = 0; i < 2 * count; ++i) {
+    float* const square = reinterpret_cast<float*>(blocks + i * kAmxHalf);
+    transpose16(square, 16, square, 16);
   }
 }
 
@@ -141,70 +221,82 @@ thread_local AmxMemory amx_left, amx_right;
 
 // --- tiles of the three products of a layer --------------------------------------------------------------------------
 
+template <int kParts>
 struct AmxForward {
   using Tile = TileOf<kAmxRows>;
   static constexpr int64_t kDepth = INT64_MAX;
   const Forward& a;
   const int64_t blocks;
-  int64_t first = -1;
+  int64_t first = -1, last = 0;
   uint32_t *left, *right;
   AmxTiles tiles;
 
   explicit AmxForward(const Forward& part) : a(part), blocks(amx_blocks(part.inputs)) {
-    left = amx_left.at_least(kAmxTiles * blocks);
-    right = amx_right.at_least(blocks);
+    left = amx_left.at_least(kAmxTiles * blocks * kParts);
+    right = amx_right.at_least(blocks * kParts);
   }
   void begin(int64_t first_row, int64_t last_row, int64_t p) {
     if (first_row != first) {
-      first = first_row;
-      for (int64_t row = first; row < last_row; row += kAmxRows)
-        pack_left(at(a.in, row, 0), a.in.ld, min(kAmxRows, last_row - row), blocks, left_of(row));
+      first = first_row, last = last_row;
+      for (int64_t row = first; row < last; row += kAmxRows)
+        pack_left<kParts>(at(a.in, row, 0), a.in.ld, min(kAmxRows, last - row), blocks, left_of(row));
     }
-    pack_right(a.weight + p * round_up(a.inputs, kPanel) * kPanel, kPanel, a.inputs, right);
+    pack_right<kParts>(a.weight + p * round_up(a.inputs, kPanel) * kPanel, kPanel, a.inputs, right);
   }
-  uint32_t* left_of(int64_t row) const { return left + (row - first) / kAmxRows * blocks * kAmxBlock; }
+  uint32_t* left_of(int64_t row) const { return left + (row - first) / kAmxRows * blocks * kParts * kAmxBlock; }
   void multiply(Tile& tile, int64_t row, int64_t, int64_t) {
-    amx_multiply(left_of(row), right, blocks, reinterpret_cast<float*>(tile.sum), true);
+    float* const c = reinterpret_cast<float*>(tile.sum);
+    if (rows_of<Tile>(row, last) > kAmxRows / 2)
+      amx_multiply<kParts>(left_of(row), right, blocks, c, true);
+    else
+      amx_multiply<kParts, 1>(left_of(row), right, blocks, c, true);
   }
 };
 
 // What it multiplies is W grad_out^T, so that the large operand is packed as it lies.
+template <int kParts>
 struct AmxInputGradient {
   using Tile = TileOf<kAmxRows>;
   static constexpr int64_t kDepth = INT64_MAX;
   const InputGradient& a;
-  int64_t first = -1;
+  int64_t first = -1, last = 0;
   uint32_t *left, *right;
   AmxTiles tiles;
 
   explicit AmxInputGradient(const InputGradient& part) : a(part) {
-    left = amx_left.at_least(a.panels);
-    right = amx_right.at_least(kAmxTiles * a.panels);
+    left = amx_left.at_least(a.panels * kParts);
+    right = amx_right.at_least(kAmxTiles * a.panels * kParts);
   }
   void begin(int64_t first_row, int64_t last_row, int64_t first_input) {
     if (first_row != first) {
-      first = first_row;
-      for (int64_t row = first; row < last_row; row += kAmxRows) {
-        pack_left(at(a.grad_out, row, 0), a.grad_out.ld, min(kAmxRows, last_row - row), a.panels, right_of(row));
-        turn(right_of(row), a.panels);
+      first = first_row, last = last_row;
+      for (int64_t row = first; row < last; row += kAmxRows) {
+        pack_left<kParts>(at(a.grad_out, row, 0), a.grad_out.ld, min(kAmxRows, last - row), a.panels, right_of(row));
+        turn(right_of(row), a.panels * kParts);
       }
     }
     const int64_t panel_rows = round_up(a.inputs, kPanel);
     for (int64_t p = 0; p < a.panels; ++p)
-      pack_left(a.weight + (p * panel_rows + first_input) * kPanel, kPanel, kAmxRows, 1, left + p * kAmxBlock);
+      pack_left<kParts>(a.weight + (p * panel_rows + first_input) * kPanel, kPanel, kAmxRows, 1,
+                        left + p * kParts * kAmxBlock);
   }
   void take_outputs(int64_t, int64_t) {}
-  uint32_t* right_of(int64_t row) const { return right + (row - first) / kAmxRows * a.panels * kAmxBlock; }
+  uint32_t* right_of(int64_t row) const { return right + (row - first) / kAmxRows * a.panels * kParts * kAmxBlock; }
   void multiply(Tile& tile, int64_t row, int64_t, int64_t) {
     alignas(64) float turned[kAmxRows * kPanel];
-    amx_multiply(left, right_of(row), a.panels, turned, true);
-    for (int down = 0; down < kPanel; down += 4)
-      for (int across = 0; across < kPanel; across += 4)
-        transpose4<kPanel, kPanel>(turned + across * kPanel + down,
-                                   reinterpret_cast<float*>(tile.sum) + down * kPanel + across);
+    const int64_t rows = rows_of<Tile>(row, last) > kAmxRows / 2 ? kAmxRows : kAmxRows / 2;
+    if (rows == kAmxRows)
+      amx_multiply<kParts>(left, right_of(row), a.panels, turned, true);
+    else
+      amx_multiply<kParts, 2, 1>(left, right_of(row), a.panels, turned, true);
+    for (int64_t down = 0; down < rows; down += 16)
+      for (int64_t across = 0; across < kPanel; across += 16)
+        transpose16(turned + across * kPanel + down, kPanel,
+                    reinterpret_cast<float*>(tile.sum) + down * kPanel + across, kPanel);
   }
 };
 
+template <int kParts>
 struct AmxWeightGradient {
   using Tile = TileOf<kAmxRows>;
   const WeightGradient& a;
@@ -215,17 +307,17 @@ struct AmxWeightGradient {
   explicit AmxWeightGradient(const WeightGradient& part) : a(part) {}
   void begin(int64_t row, int64_t depth) {
     blocks = amx_blocks(depth);
-    left = amx_left.at_least(round_up(a.inputs, kAmxRows) / kAmxRows * blocks);
-    right = amx_right.at_least(blocks);
+    left = amx_left.at_least(round_up(a.inputs, kAmxRows) / kAmxRows * blocks * kParts);
+    right = amx_right.at_least(blocks * kParts);
     for (int64_t k = 0; k < a.inputs; k += kAmxRows) {
-      pack_right(at(a.in, row, k), a.in.ld, depth, left_of(k));
-      turn(left_of(k), blocks);
+      pack_right<kParts>(at(a.in, row, k), a.in.ld, depth, left_of(k));
+      turn(left_of(k), blocks * kParts);
     }
   }
-  void take_panel(const float* grad_out, int64_t depth) { pack_right(grad_out, kPanel, depth, right); }
-  uint32_t* left_of(int64_t k) const { return left + k / kAmxRows * blocks * kAmxBlock; }
+  void take_panel(const float* grad_out, int64_t depth) { pack_right<kParts>(grad_out, kPanel, depth, right); }
+  uint32_t* left_of(int64_t k) const { return left + k / kAmxRows * blocks * kParts * kAmxBlock; }
   void multiply(Tile& tile, int64_t k, int64_t, int64_t) {
-    amx_multiply(left_of(k), right, blocks, reinterpret_cast<float*>(tile.sum), false);
+    amx_multiply<kParts>(left_of(k), right, blocks, reinterpret_cast<float*>(tile.sum), false);
   }
 };
 

@@ -117,6 +117,12 @@ VAE_FAST_INLINE float* at(Matrix m, int64_t row, int64_t column) { return m.data
 constexpr int64_t kRowBlock = 120;  // a multiple of every tile's rows
 static_assert(kRowBlock % kTileRows == 0);
 
+// Of a tile from `row` on, those rows of a block that ends at `last` which the matrix has room for
+template <class Tile>
+VAE_FAST_INLINE int64_t rows_of(int64_t row, int64_t last) {
+  return Tile::kRows == kTileRows ? kTileRows : min(Tile::kRows, round_up(last, kTileRows) - row);
+}
+
 // Tiles of `in` W: rows of `in` by a panel's outputs
 struct VectorForward {
   using Tile = cpu::VAE_FAST_CAPABILITY::Tile;

@@ -129,12 +129,6 @@ void run_part(const NonzerosOfColumns& a, int64_t begin, int64_t end) {
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// Of a tile from `row` on, those rows of a block that ends at `last` which the matrix has room for
-template <class Tile>
-VAE_FAST_INLINE int64_t rows_of(int64_t row, int64_t last) {
-  return Tile::kRows == kTileRows ? kTileRows : min(Tile::kRows, round_up(last, kTileRows) - row);
-}
-
 // The gradient in the logits of a tile and, returned, its log-likelihood
 template <class Tile>
 VAE_FAST_INLINE double bernoulli_epilogue(const Forward& a, const Tile& tile, int64_t row, int64_t last,
@@ -280,7 +274,8 @@ void forward_of_nonzeros(const Forward& a, int64_t begin, int64_t end) {
 void run_part(const Forward& a, int64_t begin, int64_t end) {
   if (a.nonzeros) return forward_of_nonzeros(a, begin, end);
 #if VAE_FAST_VECTOR_BYTES == 64
-  if (a.fast && matrix_unit()) return forward<AmxForward>(a, begin, end);
+  if (on_matrix_unit(a.fast, a.rows))
+    return a.fast ? forward<AmxForward<kFastParts>>(a, begin, end) : forward<AmxForward<kExactParts>>(a, begin, end);
 #endif
   forward<VectorForward>(a, begin, end);
 }
@@ -410,7 +405,9 @@ void input_gradient(const InputGradient& a, int64_t begin, int64_t end) {
 
 void run_part(const InputGradient& a, int64_t begin, int64_t end) {
 #if VAE_FAST_VECTOR_BYTES == 64
-  if (a.fast && matrix_unit()) return input_gradient<AmxInputGradient>(a, begin, end);
+  if (on_matrix_unit(a.fast, a.rows))
+    return a.fast ? input_gradient<AmxInputGradient<kFastParts>>(a, begin, end)
+                  : input_gradient<AmxInputGradient<kExactParts>>(a, begin, end);
 #endif
   input_gradient<VectorInputGradient>(a, begin, end);
 }
@@ -570,7 +567,9 @@ void weight_gradient_of_nonzeros(const WeightGradient& a, int64_t begin, int64_t
 void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
   if (a.nonzeros) return weight_gradient_of_nonzeros(a, begin, end);
 #if VAE_FAST_VECTOR_BYTES == 64
-  if (a.operand && matrix_unit()) return weight_gradient<AmxWeightGradient>(a, begin, end);
+  if (on_matrix_unit(a.operand, a.rows))
+    return a.operand ? weight_gradient<AmxWeightGradient<kFastParts>>(a, begin, end)
+                     : weight_gradient<AmxWeightGradient<kExactParts>>(a, begin, end);
 #endif
   weight_gradient<VectorWeightGradient>(a, begin, end);
 }

@@ -42,8 +42,8 @@ inline void load(int number, const void* from, int64_t stride) {
 inline void store(int number, void* to, int64_t stride) {
   for (int i = 0; i < 16; ++i) std::memcpy(static_cast<char*>(to) + i * stride, tile(number).element[i], 64);
 }
-// c[m][n] += a[m][2 k] b[k][2 n] + a[m][2 k + 1] b[k][2 n + 1], for one k after another, rounded to nearest; numbers
-// below 2^-126 are zero.
+// c[m][n] += sum_k a[m][2 k] b[k][2 n] + sum_k a[m][2 k + 1] b[k][2 n + 1], each sum one fused multiplication after
+// another, rounded to nearest; numbers below 2^-126 are zero.
 inline float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -52,15 +52,19 @@ inline float as_float(uint32_t bits) {
 inline float flushed(float value) { return std::fabs(value) < 0x1p-126f ? 0.0f : value; }
 inline void multiply_add(int c, int a, int b) {
   for (int m = 0; m < 16; ++m) {
+    float sum[16][2] = {};
     for (int k = 0; k < 16; ++k) {
       const uint32_t left = tile(a).element[m][k];
       for (int n = 0; n < 16; ++n) {
         const uint32_t right = tile(b).element[k][n];
-        float sum = as_float(tile(c).element[m][n]);
-        sum = flushed(std::fma(flushed(as_float(left << 16)), flushed(as_float(right << 16)), sum));
-        sum = flushed(std::fma(flushed(as_float(left & 0xFFFF0000u)), flushed(as_float(right & 0xFFFF0000u)), sum));
-        std::memcpy(&tile(c).element[m][n], &sum, sizeof sum);
+        sum[n][0] = flushed(std::fma(flushed(as_float(left << 16)), flushed(as_float(right << 16)), sum[n][0]));
+        sum[n][1] =
+            flushed(std::fma(flushed(as_float(left & 0xFFFF0000u)), flushed(as_float(right & 0xFFFF0000u)), sum[n][1]));
       }
+    }
+    for (int n = 0; n < 16; ++n) {
+      const float total = flushed(flushed(as_float(tile(c).element[m][n])) + flushed(sum[n][0] + sum[n][1]));
+      std::memcpy(&tile(c).element[m][n], &total, sizeof total);
     }
   }
 }
