@@ -249,8 +249,8 @@ ON_A_MATRIX_UNIT = {
 
 
 def steps_of(path: str, precision: str) -> None:
-    """Parameters before and after one step of SGD, of each of these. The moves are the gradients, times as much
-    as leaves no rounding of the parameters in them."""
+    """Parameters before and after one step of SGD, of each of these. The moves are the gradients, 1024 times
+    so that the rounding of parameters does not count."""
     how: dict[str, Any] = {"precision": precision, "optimizer": "sgd", "steps": 1}
     found = {
         name: [train("native", lr=lr, **how, **case)[1] for lr in (0.0, 1024.0)]
