@@ -98,15 +98,17 @@ CASES: dict[str, dict[str, Any]] = {
     "one smaller minibatch": {"batch": 149, "steps": 4},
     "many row blocks": {"data": pixels(1400), "batch": 700, "steps": 3},
     "many row blocks, few zeros": {"data": pixels(1400, zeros=0.5), "batch": 700, "steps": 3},
-    "many columns": {"data": pixels(60, 1101), "hidden_dims": [130], "batch": 30, "lr": 1e-3, "steps": 4},
+    "many columns": {"data": pixels(60, 1101), "hidden_dims": [130], "batch": 35, "lr": 1e-3, "steps": 4},
     "few zeros": {"data": pixels(zeros=0.5)},
     "deep sums": {
         "data": pixels(60, 1100, zeros=0.4),
         "hidden_dims": [530],
-        "batch": 30,
+        "batch": 35,
         "lr": 1e-3,
         "steps": 4,
     },
+    "long sums of inputs": {"data": pixels(80, 5000, zeros=0.3), "batch": 40, "lr": 1e-3, "steps": 2},
+    "long sums of rows": {"data": pixels(5000, 37, zeros=0.3), "batch": 5000, "steps": 2},
     "float data": {"data": torch.rand(150, 37)},
     "log-variance scale": {"logvar_scale": 0.1, "lr": 0.1},
     "log-variance scale, SGVB-A, sgd": {"logvar_scale": 2.0, "estimator": "sgvb_a", "optimizer": "sgd"},
@@ -243,7 +245,9 @@ ON_A_MATRIX_UNIT = {
     "odd sizes": {"hidden_dims": [33, 1, 65], "latent_dim": 3, "batch": 31, "num_samples": 3},
     "several blocks of rows": {"data": pixels(900, 70), "hidden_dims": [40], "batch": 613},
     "dense": {"data": pixels(300, 270, zeros=0.1), "hidden_dims": [300], "batch": 260},
-    "Gaussian": {"likelihood": "gaussian", "mean_activation": "sigmoid", "activation": "relu", "batch": 1},
+    "Gaussian": {"likelihood": "gaussian", "mean_activation": "sigmoid", "activation": "relu", "batch": 33},
+    "one row": {"batch": 1},
+    "long sums": {"data": pixels(40, 40_000, zeros=0.1), "hidden_dims": [40], "batch": 40},
     "no hidden layers": {"hidden_dims": [], "estimator": "sgvb_a", "weight_prior": True},
 }
 
@@ -259,9 +263,9 @@ def steps_of(path: str, precision: str) -> None:
     torch.save(found, path)
 
 
-# A product of parts that is left out is 4e-6 of the whole. In bfloat16, sums of another order are sometimes
-# rounded to the other side: an error of 2^-9, in few.
-@pytest.mark.parametrize(("precision", "most"), [("exact", 1e-6), ("fast", 2e-3)])
+# A product of parts that is left out is 2e-6 of the whole or more; 40,000 terms in one accumulator err by
+# 8e-7. In bfloat16, sums of another order are sometimes rounded to the other side: an error of 2^-9, in few.
+@pytest.mark.parametrize(("precision", "most"), [("exact", 5e-7), ("fast", 2e-3)])
 @pytest.mark.skipif(_C.cpu_capability() != "amx", reason="no matrix unit, or not to be used")
 def test_a_matrix_unit_rounds_as_vectors_do(tmp_path: Path, precision: str, most: float) -> None:
     found = []

@@ -175,7 +175,7 @@ class NativeEngine(AutogradEngine):
         on_matrix_unit = _C.cpu_capability() == "amx"
         if self.precision == "exact":
             if on_matrix_unit:
-                return "float32, large products through AMX in three bfloat16 parts"
+                return "float32, products of 32 rows and more through AMX in three bfloat16 parts"
             return f"float32 on {_C.cpu_capability()}"
         if on_matrix_unit:
             return "bfloat16 products through AMX"

@@ -1,13 +1,13 @@
 // The tiles of matmul.inl from a matrix unit (AMX: TILE, BF16). Included by the file of AVX-512, after matmul.inl.
 //
 // The unit multiplies bfloat16 numbers and adds in float. Operands of `fast` are such numbers already. A float of
-// `exact` is the sum of three, high + middle + low, of 8 significant bits each; three of the nine products, none of
-// which is more than 2^-24 of a b, are left out:
+// `exact` from 2^-103 to 3.39e38 is the sum of three, high + middle + low, of 8 significant bits each (below, less is
+// left of it, above NaN); three of the nine products, none of which is more than 2^-24 of a b, are left out:
 //   a b = high high + (high middle + middle high) + (high low + middle middle + low high)
 //
 // A product of 32 x 32 elements takes four accumulators of 16 x 16; each instruction adds 32 terms. Operands are packed
 // into blocks of 32 terms, one for each part of the numbers, which have the shape that the instruction reads:
-//   left    [32 rows][16 pairs of terms]       a pair is two bfloat16 in 32 bits, the first below
+//   left    [32 rows][16 pairs of terms]       a pair is two bfloat16 in 32 bits, of terms 16 apart, the first below
 //   right   [2 halves][16 pairs][16 columns]
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2: TDPBF16PS.
 #pragma once
@@ -29,12 +29,8 @@ static_assert(kPanel == 32);
 constexpr int64_t kAmxTiles = (kRowBlock + kAmxRows - 1) / kAmxRows;  // of rows, in a block of them
 constexpr int64_t kAmxHalf = kAmxBlock / 2;
 
-// Parts of a number. Splitting weights pays for itself with some 20 rows (predicted from rates, not measured).
-constexpr int kFastParts = 1, kExactParts = 3;
-constexpr int64_t kAmxExactRows = 32;
-VAE_FAST_INLINE bool on_matrix_unit(bool fast, int64_t rows) {
-  return matrix_unit() && (fast || rows >= kAmxExactRows);
-}
+constexpr int kFastParts = 1, kExactParts = 3;  // of a number
+constexpr int64_t kAmxBlocksAtOnce = 16;        // of a sum, before they are added to the rest: as kTermsAtOnce
 
 VAE_FAST_INLINE int64_t amx_blocks(int64_t terms) { return (terms + kAmxTerms - 1) / kAmxTerms; }
 
@@ -74,28 +70,19 @@ VAE_FAST_INLINE void multiply_loaded() {
   if constexpr (kDown == 2 && kAcross == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
-// c[32][kPanel] = (or, unless `first`, +=) left right over so many blocks of terms, in kDown halves of the rows by
-// kAcross of the columns: what has 16 of them or fewer needs one.
-template <int kParts, int kDown = 2, int kAcross = 2>
-void amx_multiply(const uint32_t* left, const uint32_t* right, int64_t blocks, float* c, bool first) {
+// c[16 kDown][16 kAcross], in rows of kPanel, = left right over so many blocks of terms
+template <int kParts, int kDown, int kAcross>
+VAE_FAST_INLINE void amx_multiply_at_once(const uint32_t* left, const uint32_t* right, int64_t blocks, float* c) {
   constexpr int64_t kStride = kPanel * sizeof(float);
-  float *beside = c + 16, *below = c + 16 * kPanel, *across = below + 16;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
   asm volatile("" ::: "memory");  // the compiler does not know that a tile is read from memory, or written to it
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, c, kStride);
-    _tile_loadd(1, beside, kStride);
-    _tile_loadd(2, below, kStride);
-    _tile_loadd(3, across, kStride);
-  }
   constexpr int64_t kMiddle = kAmxBlock, kLow = 2 * kAmxBlock;
   for (int64_t i = 0; i < blocks; ++i, left += kParts * kAmxBlock, right += kParts * kAmxBlock) {
     load_left<kDown>(left);
-    if constexpr (kParts == kExactParts) {  // from small to large, a new operand for each
+    if constexpr (kParts == kExactParts) {  // in an order where each product needs one new operand
       load_right<kAcross>(right + kLow);
       multiply_loaded<kDown, kAcross>();
       load_right<kAcross>(right + kMiddle);
@@ -113,10 +100,25 @@ void amx_multiply(const uint32_t* left, const uint32_t* right, int64_t blocks, f
     multiply_loaded<kDown, kAcross>();
   }
   _tile_stored(0, c, kStride);
-  if constexpr (kAcross == 2) _tile_stored(1, beside, kStride);
-  if constexpr (kDown == 2) _tile_stored(2, below, kStride);
-  if constexpr (kDown == 2 && kAcross == 2) _tile_stored(3, across, kStride);
+  if constexpr (kAcross == 2) _tile_stored(1, c + 16, kStride);
+  if constexpr (kDown == 2) _tile_stored(2, c + 16 * kPanel, kStride);
+  if constexpr (kDown == 2 && kAcross == 2) _tile_stored(3, c + 16 * kPanel + 16, kStride);
   asm volatile("" ::: "memory");
+}
+
+// The same, or, unless `first`, +=, of any number of blocks. The rest of c[32][kPanel] stays as it is.
+template <int kParts, int kDown = 2, int kAcross = 2>
+void amx_multiply(const uint32_t* left, const uint32_t* right, int64_t blocks, float* c, bool first) {
+  for (int64_t i = 0; i < blocks; i += kAmxBlocksAtOnce, first = false) {
+    alignas(64) float some[kAmxRows * kPanel];
+    const int64_t at = i * kParts * kAmxBlock;
+    amx_multiply_at_once<kParts, kDown, kAcross>(left + at, right + at, min(kAmxBlocksAtOnce, blocks - i),
+                                                 first ? c : some);
+    if (first) continue;
+    for (int64_t row = 0; row < 16 * kDown; ++row)
+      for (int64_t j = row * kPanel; j < row * kPanel + 16 * kAcross; j += kLanes)
+        from_floats(c + j, to_floats(c + j) + to_floats(some + j));
+  }
 }
 
 // --- packing ---------------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ struct Split {
   }
 };
 
-// A pair is two terms of a block that are 16 apart, for whole vectors of them.
+// Pairs of `terms` and those 16 on, part by part, kAmxBlock from each other
 template <int kParts>
 VAE_FAST_INLINE void store_pairs(VF terms, VF terms_16_on, uint32_t* to) {
   const Split<kParts> first(terms), second(terms_16_on);
@@ -316,8 +318,8 @@ struct AmxWeightGradient {
   }
   void take_panel(const float* grad_out, int64_t depth) { pack_right<kParts>(grad_out, kPanel, depth, right); }
   uint32_t* left_of(int64_t k) const { return left + k / kAmxRows * blocks * kParts * kAmxBlock; }
-  void multiply(Tile& tile, int64_t k, int64_t, int64_t) {
-    amx_multiply<kParts>(left_of(k), right, blocks, reinterpret_cast<float*>(tile.sum), false);
+  void multiply(Tile& tile, int64_t k, int64_t row, int64_t) {
+    amx_multiply<kParts>(left_of(k), right, blocks, reinterpret_cast<float*>(tile.sum), row == 0);
   }
 };
 

@@ -156,6 +156,11 @@ void launch(const PhiloxNormal& a) { share(a, a.count, 1); }
 
 bool matrix_unit() { return current() == Capability::amx; }
 
+bool on_matrix_unit(bool fast, int64_t rows) {
+  constexpr int64_t kExactRows = 32;  // splitting weights in three pays from some 23 rows on (predicted)
+  return matrix_unit() && (fast || rows >= kExactRows);
+}
+
 TileShape tile() {
 #if VAE_FAST_X86_BUILDS
   if (current() == Capability::avx2) return avx2::tile_shape();
@@ -199,7 +204,7 @@ void launch(const WeightGradient* parts, int count) {
   constexpr int64_t kUpdateRows = 40;
   const auto cost = [](const WeightGradient& a) {
     // A matrix unit takes half the time of vectors for a row in three parts, an eighth in one (predicted).
-    const int64_t faster = !matrix_unit() ? 1 : a.operand ? 8 : 2;
+    const int64_t faster = !on_matrix_unit(a.operand, a.rows) ? 1 : a.operand ? 8 : 2;
     if (!a.nonzeros) return 1 + panel_cost(a.rows / faster + kUpdateRows, a.inputs);
     int64_t terms = 0, pairs = 0;
     for (int64_t p = 0; p < a.nonzeros->column_pairs(); ++p) {

@@ -29,6 +29,7 @@ struct TileShape {
 };
 TileShape tile();    // of the instruction set in use
 bool matrix_unit();  // whether there is one for products of bfloat16 numbers, AMX's
+bool on_matrix_unit(bool fast, int64_t rows);  // whether a product of so many rows goes there
 
 // The elements of a minibatch x that are not zero: images have large blank margins, and counts of genes or words are
 // zero nearly everywhere. A product with x then reads these alone: by rows, or, for x^T, by pairs of columns, which in
