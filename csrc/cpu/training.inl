@@ -412,19 +412,52 @@ void run_part(const InputGradient& a, int64_t begin, int64_t end) {
   input_gradient<VectorInputGradient>(a, begin, end);
 }
 
-// The optimizer on one vector of parameters
-VAE_FAST_INLINE void update(const WeightGradient& a, float prior, VF g, float* weight, float* first, float* second,
-                            float* operand) {
-  VF w = to_floats(weight), s0 = first ? to_floats(first) : VF{}, s1 = second ? to_floats(second) : VF{};
-  g = Math<VF>::fma(in_every_lane(prior), w, g);
-  vae_fast::update(a.rule, a.factors, g, w, s0, s1);
-  from_floats(weight, w);
-  if (first) from_floats(first, s0);
-  if (second) from_floats(second, s1);
-  if (operand) from_floats(operand, to_bfloat16(w));
+VAE_FAST_INLINE float* plus(float* p, int64_t offset) { return p ? p + offset : nullptr; }
+
+// Parameters side by side, and what belongs to them
+struct Place {
+  float *weight, *first, *second, *operand;  // as WeightGradient's weight, state and operand
+};
+VAE_FAST_INLINE Place weights_at(const WeightGradient& a, int64_t at) {
+  return {a.weight + at, plus(a.state[0], at), plus(a.state[1], at), plus(a.operand, at)};
 }
 
-VAE_FAST_INLINE float* plus(float* p, int64_t offset) { return p ? p + offset : nullptr; }
+// The optimizer on so many vectors of parameters. What it needs stays in registers: the rule is a copy, whose kind and
+// use are known.
+template <UpdateKind kKind, bool kOperand>
+VAE_FAST_INLINE void update(UpdateRule rule, const StepFactors factors, float prior, const VF* gradients, int64_t count,
+                            const Place to) {
+  constexpr int kStates = kKind == UpdateKind::adam ? 2 : kKind == UpdateKind::sgd ? 0 : 1;
+  rule.kind = kKind;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = i * kLanes;
+    VF w = to_floats(to.weight + at), s0{}, s1{};
+    if constexpr (kStates > 0) s0 = to_floats(to.first + at);
+    if constexpr (kStates > 1) s1 = to_floats(to.second + at);
+    vae_fast::update(rule, factors, Math<VF>::fma(in_every_lane(prior), w, gradients[i]), w, s0, s1);
+    from_floats(to.weight + at, w);
+    if constexpr (kStates > 0) from_floats(to.first + at, s0);
+    if constexpr (kStates > 1) from_floats(to.second + at, s1);
+    if constexpr (kOperand) from_floats(to.operand + at, to_bfloat16(w));
+  }
+}
+
+VAE_FAST_INLINE void update(const WeightGradient& a, float prior, const VF* gradients, int64_t count, const Place& to) {
+  const auto with_kind = [&](auto kind) {
+    to.operand ? update<kind, true>(a.rule, a.factors, prior, gradients, count, to)
+               : update<kind, false>(a.rule, a.factors, prior, gradients, count, to);
+  };
+  switch (a.rule.kind) {
+    case UpdateKind::sgd:
+      return with_kind(std::integral_constant<UpdateKind, UpdateKind::sgd>{});
+    case UpdateKind::momentum:
+      return with_kind(std::integral_constant<UpdateKind, UpdateKind::momentum>{});
+    case UpdateKind::adagrad:
+      return with_kind(std::integral_constant<UpdateKind, UpdateKind::adagrad>{});
+    case UpdateKind::adam:
+      return with_kind(std::integral_constant<UpdateKind, UpdateKind::adam>{});
+  }
+}
 
 // Whether a weight stays as it is where its gradient is zero
 VAE_FAST_INLINE bool stays_without_gradient(const WeightGradient& a) {
@@ -442,17 +475,18 @@ VAE_FAST_INLINE float* sums_of(const WeightGradient& a, int64_t p) {
 VAE_FAST_INLINE void update_bias(const WeightGradient& a, int64_t p, const float* grad_out, int64_t ld, int64_t row,
                                  int64_t depth) {
   float* const so_far = plus(sums_of(a, p), (round_up(a.inputs, kPanel) + kTileRows - 1) * kPanel);
+  VF sum[2];
   for (int j = 0; j < 2; ++j) {
-    VF g = row == 0 ? VF{} : to_floats(so_far + j * kLanes);
-    for (int64_t i = 0; i < depth; ++i) g = g + to_floats(grad_out + i * ld + j * kLanes);
-    if (row + depth < a.rows) {
-      from_floats(so_far + j * kLanes, g);
-      continue;
-    }
-    if (p >= a.logvar_panel) g = g / in_every_lane(a.logvar_scale);
-    const int64_t at = p * kPanel + j * kLanes;
-    update(a, 0, g, a.bias + at, plus(a.bias_state[0], at), plus(a.bias_state[1], at), nullptr);
+    sum[j] = row == 0 ? VF{} : to_floats(so_far + j * kLanes);
+    for (int64_t i = 0; i < depth; ++i) sum[j] = sum[j] + to_floats(grad_out + i * ld + j * kLanes);
+    if (row + depth < a.rows)
+      from_floats(so_far + j * kLanes, sum[j]);
+    else if (p >= a.logvar_panel)
+      sum[j] = sum[j] / in_every_lane(a.logvar_scale);
   }
+  const int64_t at = p * kPanel;
+  if (row + depth == a.rows)
+    update(a, 0, sum, 2, {a.bias + at, plus(a.bias_state[0], at), plus(a.bias_state[1], at), nullptr});
 }
 
 template <class Product>
@@ -482,13 +516,7 @@ void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
           tile.store(sum + k * kPanel, kPanel);
           continue;
         }
-        for (int64_t i = 0; i < min(kRows, a.inputs - k); ++i) {
-          for (int j = 0; j < 2; ++j) {
-            const int64_t at = (p * panel_rows + k + i) * kPanel + j * kLanes;
-            update(a, a.prior, tile.sum[i][j], a.weight + at, plus(a.state[0], at), plus(a.state[1], at),
-                   plus(a.operand, at));
-          }
-        }
+        update(a, a.prior, tile.sum[0], 2 * min(kRows, a.inputs - k), weights_at(a, (p * panel_rows + k) * kPanel));
       }
       update_bias(a, p, grad_out, kPanel, row, depth);
     }
@@ -521,7 +549,7 @@ void weight_gradient_of_nonzeros(const WeightGradient& part, int64_t p, int64_t 
       element = first_from(element, end, row);
       end = first_from(element, end, row + depth);
     }
-    VF sum[2][kPanels][2] = {};
+    VF sum[kPanels][2][2] = {};  // panels, the two columns, vectors: as the weights lie in each panel
     for (; element < end; ++element) {
       const VF left[2] = {in_every_lane(element->values[0]), in_every_lane(element->values[1])};
       const float* const right = grad_out + (element->row - row) * kWidth;
@@ -530,26 +558,21 @@ void weight_gradient_of_nonzeros(const WeightGradient& part, int64_t p, int64_t 
 #pragma GCC unroll 2
         for (int j = 0; j < 2; ++j) {
           const VF g = loaded(right + i * kPanel + j * kLanes);
-          sum[0][i][j] = Math<VF>::fma(left[0], g, sum[0][i][j]);
-          sum[1][i][j] = Math<VF>::fma(left[1], g, sum[1][i][j]);
+          sum[i][0][j] = Math<VF>::fma(left[0], g, sum[i][0][j]);
+          sum[i][1][j] = Math<VF>::fma(left[1], g, sum[i][1][j]);
         }
       }
     }
-    VF gradient[2][kPanels][2];
+    const int64_t vectors = 2 * min(2, a.inputs - k);
+    VF gradient[kPanels][4];
     __builtin_memcpy(gradient, sum, sizeof sum);
-    for (int64_t c = 0; c < min(2, a.inputs - k); ++c) {
-      for (int i = 0; i < kPanels; ++i) {
-        for (int j = 0; j < 2; ++j) {
-          const int64_t at = (p + i) * panel + (k + c) * kPanel + j * kLanes;
-          float* const so_far = plus(sums_of(a, p + i), (k + c) * kPanel + j * kLanes);
-          VF g = gradient[c][i][j];
-          if (row > 0) g = g + to_floats(so_far);
-          if (last)
-            update(a, a.prior, g, a.weight + at, plus(a.state[0], at), plus(a.state[1], at), plus(a.operand, at));
-          else
-            from_floats(so_far, g);
-        }
+    for (int i = 0; i < kPanels; ++i) {
+      float* const so_far = plus(sums_of(a, p + i), k * kPanel);
+      for (int64_t v = 0; v < vectors; ++v) {
+        if (row > 0) gradient[i][v] = gradient[i][v] + to_floats(so_far + v * kLanes);
+        if (!last) from_floats(so_far + v * kLanes, gradient[i][v]);
       }
+      if (last) update(a, a.prior, gradient[i], vectors, weights_at(a, (p + i) * panel + k * kPanel));
     }
   }
   for (int i = 0; i < kPanels; ++i) update_bias(a, p + i, grad_out + i * kPanel, kWidth, row, depth);
