@@ -27,8 +27,8 @@ struct TileShape {
   int64_t depth;
   int64_t sparse_rows, sparse_panels;  // of a product that reads lists of nonzeros
 };
-TileShape tile();    // of the instruction set in use
-bool matrix_unit();  // whether there is one for products of bfloat16 numbers, AMX's
+TileShape tile();                              // of the instruction set in use
+bool matrix_unit();                            // whether there is one for products of bfloat16 numbers, AMX's
 bool on_matrix_unit(bool fast, int64_t rows);  // whether a product of so many rows goes there
 
 // The elements of a minibatch x that are not zero: images have large blank margins, and counts of genes or words are
