@@ -93,12 +93,14 @@ void CpuStep::exchange(const std::vector<Parameter>& parameters, const Optimizer
       for (int s = -1; s < optimizer.states(); ++s) {
         float* panels = s < 0 ? layer.weight.data() : layer.state[s].data();
         float* torch_weight = s < 0 ? weight.value : weight.state[s];
-        at::parallel_for(0, outputs, std::max<int64_t>(1, 32768 / layer.inputs), [&](int64_t begin, int64_t end) {
-          for (int64_t n = begin; n < end; ++n) {
-            const int64_t c = column + n;
-            float* ours = panels + c / tile_.panel * panel_rows * tile_.panel + c % tile_.panel;
-            float* theirs = torch_weight + n * layer.inputs;
-            for (int64_t k = 0; k < layer.inputs; ++k) move(ours[k * tile_.panel], theirs[k]);
+        const int64_t count = (outputs + tile_.panel - 1) / tile_.panel, first = column / tile_.panel;
+        at::parallel_for(0, count, std::max<int64_t>(1, 4096 / layer.inputs), [&](int64_t begin, int64_t end) {
+          for (int64_t p = begin; p < end; ++p) {
+            float* ours = panels + (first + p) * panel_rows * tile_.panel;
+            float* theirs = torch_weight + p * tile_.panel * layer.inputs;
+            const int64_t across = std::min(tile_.panel, outputs - p * tile_.panel);
+            for (int64_t k = 0; k < layer.inputs; ++k, ours += tile_.panel)
+              for (int64_t n = 0; n < across; ++n) move(ours[n], theirs[n * layer.inputs + k]);
           }
         });
         float* ours = (s < 0 ? layer.bias.data() : layer.bias_state[s].data()) + column;
