@@ -9,6 +9,7 @@
 
 #include "engine/arguments.h"
 #include "engine/cpu_step.h"
+#include "engine/update_rule.h"
 #include "kernels.h"
 
 #ifdef VAE_FAST_WITH_CUDA
@@ -71,11 +72,36 @@ std::vector<at::Tensor> run(const std::vector<Run*>& runs) {
   return terms;
 }
 
+void adagrad_update(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& grads,
+                    const std::vector<at::Tensor>& sums, double lr, double eps) {
+  TORCH_CHECK_VALUE(grads.size() == parameters.size() && sums.size() == parameters.size(), "got ", parameters.size(),
+                    " parameters, ", grads.size(), " grads and ", sums.size(), " sums, wanted as many of each");
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    for (const at::Tensor* t : {&parameters[i], &grads[i], &sums[i]})
+      TORCH_CHECK_VALUE(
+          t->is_cpu() && t->scalar_type() == at::kFloat && t->is_contiguous() && t->sizes() == parameters[i].sizes(),
+          "tensor ", i, ": got ", t->toString(), " ", t->sizes(), t->is_contiguous() ? "" : " with gaps",
+          ", wanted contiguous float32 on the CPU, ", parameters[i].sizes());
+  }
+  const Optimizer adagrad{OptimizerKind::adagrad, lr, eps, 0, 0, 0, 0, 0};
+  const UpdateRule rule = rule_of(adagrad);
+  const py::gil_scoped_release release;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    cpu::launch(cpu::AdagradUpdate{parameters[i].numel(), rule, step_factors(rule.kind, lr, 0, 0, 0, 1),
+                                   grads[i].const_data_ptr<float>(), parameters[i].data_ptr<float>(),
+                                   sums[i].data_ptr<float>()});
+    for (const at::Tensor& changed : {parameters[i], sums[i]}) changed.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &cpu::capability,
         "The instruction set of the CPU kernels in use: \"amx\", \"avx512\", \"avx2\" or \"plain\".");
+
+  m.def("adagrad_update", &adagrad_update, py::arg("parameters"), py::arg("grads"), py::arg("sums"), py::kw_only(),
+        py::arg("lr"), py::arg("eps"), "A step of vae_fast.optim.Adagrad on float32 tensors, in one pass over each.");
 
   py::class_<CpuStep>(m, "CpuStep", "The native training step on a CPU; vae_fast.engines.NativeEngine drives it.")
       .def(py::init([](int64_t data_dim, std::vector<int64_t> encoder_hidden, int64_t latent_dim,

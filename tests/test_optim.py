@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from vae_fast import _C, optim
 from vae_fast.optim import OPTIMIZERS, Adagrad, make_optimizer
 
 
@@ -54,6 +57,74 @@ def test_accumulate_steps_leave_every_bit_of_the_parameters_but_count_in_the_sum
         total = sum(gradients(step, params)[i] ** 2 for step in range(4))
         wanted = w - 0.1 * gradients(3, params)[i] / torch.sqrt(total + 1e-8)
         torch.testing.assert_close(p.detach(), wanted, rtol=1e-6, atol=1e-7)
+
+
+SHAPES = [(), (1,), (7,), (8,), (33, 5), (16,), (101, 257)]
+
+
+def float32_steps(steps: int, **options: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).requires_grad_() for shape in SHAPES]
+    optimizer = Adagrad(params, lr=0.1, **options)
+    take(optimizer, params, range(steps))
+    return [t.detach() for p in params for t in (p, optimizer.state[p]["sum"])]
+
+
+@pytest.mark.parametrize("options", [{}, {"eps": 0.5}, {"accumulate_steps": 4}], ids=str)
+def test_adagrad_in_one_pass_errs_no_more_than_twice_as_much_as_operations_on_whole_tensors(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = float32_steps(6, **options)
+    monkeypatch.setattr(optim, "_in_one_pass", lambda *_: False)
+    whole = float32_steps(6, **options)
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).double().requires_grad_() for shape in SHAPES]
+    optimizer = Adagrad(params, lr=0.1, **options)
+    for step in range(6):
+        for p, grad in zip(params, gradients(step, [p.detach().float() for p in params]), strict=True):
+            p.grad = grad.double()
+        optimizer.step()
+    wanted = [t.detach() for p in params for t in (p, optimizer.state[p]["sum"])]
+    for ours, theirs, exact in zip(found, whole, wanted, strict=True):
+        error, bar = (ours - exact).abs().max(), (theirs - exact).abs().max()
+        assert error <= max(2 * bar, 2e-7 * exact.abs().max())
+
+
+def test_adagrad_in_one_pass_does_not_depend_on_the_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = float32_steps(3)
+        torch.set_num_threads(2)
+        assert all(torch.equal(a, b) for a, b in zip(alone, float32_steps(3), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_adagrad_takes_parameters_with_gaps_and_gradients_of_another_order() -> None:
+    (found,), (wanted,) = [
+        [torch.arange(24.0, dtype=dtype).reshape(4, 6).t().requires_grad_()]
+        for dtype in (torch.float32, torch.float64)
+    ]
+    take(Adagrad([found], lr=0.1), [found], range(3))
+    take(Adagrad([wanted], lr=0.1), [wanted], range(3))
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6, check_stride=False)
+
+
+def test_a_backward_pass_notices_that_adagrad_has_changed_its_parameters() -> None:
+    w = torch.ones(3, requires_grad=True)
+    loss = (w * w).sum()
+    loss.backward(retain_graph=True)
+    Adagrad([w], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_kernel_names_the_tensor_that_it_does_not_take() -> None:
+    three = [torch.ones(3)]
+    for grads, found in (([torch.ones(4)], "[4]"), ([torch.ones(3).double()], "Double"), ([], "0 grads")):
+        with pytest.raises(ValueError, match=re.escape(found)):
+            _C.adagrad_update(three, grads, three, lr=0.1, eps=1e-8)
 
 
 def test_adagrad_agrees_with_torch_where_eps_does_not_matter() -> None:

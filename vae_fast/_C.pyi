@@ -4,6 +4,9 @@ from typing import Any
 from torch import Tensor
 
 def cpu_capability() -> str: ...
+def adagrad_update(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], sums: Sequence[Tensor], *, lr: float, eps: float
+) -> None: ...
 
 class Run: ...
 

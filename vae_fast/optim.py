@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _C
+
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
@@ -77,8 +79,12 @@ class Adagrad(torch.optim.Optimizer):
         grads = [p.grad for p in params if p.grad is not None]
         sums = [self.state[p]["sum"] for p in params]
         steps = [self.state[p]["step"] for p in params]
-        roots = [self._root(p) for p in params]
         torch._foreach_add_(steps, 1)
+        if _in_one_pass([*params, *grads, *sums], group["eps"]):
+            lr = group["lr"] if int(steps[0]) > group["accumulate_steps"] else 0.0
+            _C.adagrad_update(params, grads, sums, lr=lr, eps=group["eps"])
+            return
+        roots = [self._root(p) for p in params]
         torch._foreach_addcmul_(sums, grads, grads)
         torch._foreach_copy_(roots, sums)
         torch._foreach_add_(roots, group["eps"])
@@ -89,6 +95,23 @@ class Adagrad(torch.optim.Optimizer):
             factor.masked_fill_(steps[0] <= group["accumulate_steps"], math.inf)
             torch._foreach_mul_(roots, factor)
         torch._foreach_addcdiv_(params, grads, roots, value=-group["lr"])
+
+
+def _in_one_pass(tensors: Iterable[Tensor], eps: float) -> bool:
+    """Whether the kernel of the native step takes these: dense float32 on the CPU, an eps that float32 has
+    all digits of, and nobody who traces the arithmetic."""
+    return (
+        not torch.compiler.is_compiling()
+        and eps >= torch.finfo(torch.float32).tiny
+        and all(
+            type(t) in (Tensor, torch.nn.Parameter)
+            and t.device.type == "cpu"
+            and t.dtype == torch.float32
+            and t.layout == torch.strided
+            and t.is_contiguous()
+            for t in tensors
+        )
+    )
 
 
 OPTIMIZERS = ("sgd", "adagrad", "adam", "adamw")

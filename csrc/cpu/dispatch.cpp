@@ -188,6 +188,7 @@ void launch(const Forward& a) {
   }
   share(a, blocks(a.rows) * a.panels, panel_cost(std::min(a.rows, tile().block), a.inputs));
 }
+void launch(const AdagradUpdate& a) { share(a, a.count, 1); }
 void launch(const GaussianLoss& a) { share(a, a.rows, 4 * a.cols); }
 void launch(const Dream& a) { share(a, a.rows, 8 * a.cols); }
 void launch(const LatentForward& a) { share(a, a.batch, 2 * a.samples * a.latent); }

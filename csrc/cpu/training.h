@@ -167,6 +167,15 @@ struct WeightGradient {
   float* sums;     // [panels * (round_up(inputs, panel) + tile().rows) * panel], or null for no more than so many rows
 };
 
+// Adagrad on its own, for modules: one pass over parameters, their gradients and sums of squares
+struct AdagradUpdate {
+  int64_t count;
+  UpdateRule rule;
+  StepFactors factors;
+  const float* grad;
+  float *parameter, *sum;
+};
+
 #define VAE_FAST_FOR_EACH_PART(DO) \
   DO(Gather)                       \
   DO(NonzerosOfRows)               \
@@ -177,7 +186,8 @@ struct WeightGradient {
   DO(LatentForward)                \
   DO(LatentBackward)               \
   DO(InputGradient)                \
-  DO(WeightGradient)
+  DO(WeightGradient)               \
+  DO(AdagradUpdate)
 
 // Shared among torch's threads.
 #define VAE_FAST_DECLARE(Part) void launch(const Part& part);

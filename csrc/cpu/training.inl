@@ -597,6 +597,21 @@ void run_part(const WeightGradient& a, int64_t begin, int64_t end) {
   weight_gradient<VectorWeightGradient>(a, begin, end);
 }
 
+void run_part(const AdagradUpdate& a, int64_t begin, int64_t end) {
+  using M = Memory<VF>;
+  UpdateRule rule = a.rule;  // and what else could be changed by a store
+  rule.kind = UpdateKind::adagrad;
+  const StepFactors factors = a.factors;
+  const float* const grad = a.grad;
+  float *const parameter = a.parameter, *const sum = a.sum;
+  for_each_vector<VF>(begin, end, [=](int64_t i, int64_t n) {
+    VF w = M::load(parameter + i, n), s = M::load(sum + i, n), none{};
+    vae_fast::update(rule, factors, M::load(grad + i, n), w, s, none);
+    M::store(parameter + i, w, n);
+    M::store(sum + i, s, n);
+  });
+}
+
 void run_part(const Gather& a, int64_t begin, int64_t end) {
   if (a.dtype == DType::bits) return gather<Bits>(a, begin, end);
   if (a.dtype == DType::u8) return gather<uint8_t>(a, begin, end);
