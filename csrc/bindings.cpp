@@ -73,7 +73,10 @@ std::vector<at::Tensor> run(const std::vector<Run*>& runs) {
 }
 
 void adagrad_update(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& grads,
-                    const std::vector<at::Tensor>& sums, double lr, double eps) {
+                    const std::vector<at::Tensor>& sums, const at::Tensor& step, double lr, double eps,
+                    int64_t accumulate_steps) {
+  TORCH_CHECK_VALUE(step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1, "step: got ",
+                    step.toString(), " ", step.sizes(), ", wanted one float32 on the CPU");
   TORCH_CHECK_VALUE(grads.size() == parameters.size() && sums.size() == parameters.size(), "got ", parameters.size(),
                     " parameters, ", grads.size(), " grads and ", sums.size(), " sums, wanted as many of each");
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -85,11 +88,12 @@ void adagrad_update(const std::vector<at::Tensor>& parameters, const std::vector
   }
   const Optimizer adagrad{OptimizerKind::adagrad, lr, eps, 0, 0, 0, 0, 0};
   const UpdateRule rule = rule_of(adagrad);
+  const auto number = static_cast<int64_t>(*step.const_data_ptr<float>());
+  const StepFactors factors = step_factors(rule.kind, lr, 0, 0, accumulate_steps, number);
   const py::gil_scoped_release release;
   for (size_t i = 0; i < parameters.size(); ++i) {
-    cpu::launch(cpu::AdagradUpdate{parameters[i].numel(), rule, step_factors(rule.kind, lr, 0, 0, 0, 1),
-                                   grads[i].const_data_ptr<float>(), parameters[i].data_ptr<float>(),
-                                   sums[i].data_ptr<float>()});
+    cpu::launch(cpu::AdagradUpdate{parameters[i].numel(), rule, factors, grads[i].const_data_ptr<float>(),
+                                   parameters[i].data_ptr<float>(), sums[i].data_ptr<float>()});
     for (const at::Tensor& changed : {parameters[i], sums[i]}) changed.unsafeGetTensorImpl()->bump_version();
   }
 }
@@ -100,8 +104,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &cpu::capability,
         "The instruction set of the CPU kernels in use: \"amx\", \"avx512\", \"avx2\" or \"plain\".");
 
-  m.def("adagrad_update", &adagrad_update, py::arg("parameters"), py::arg("grads"), py::arg("sums"), py::kw_only(),
-        py::arg("lr"), py::arg("eps"), "A step of vae_fast.optim.Adagrad on float32 tensors, in one pass over each.");
+  m.def("adagrad_update", &adagrad_update, py::arg("parameters"), py::arg("grads"), py::arg("sums"), py::arg("step"),
+        py::kw_only(), py::arg("lr"), py::arg("eps"), py::arg("accumulate_steps"),
+        "A step of vae_fast.optim.Adagrad on float32 tensors, in one pass over each.");
 
   py::class_<CpuStep>(m, "CpuStep", "The native training step on a CPU; vae_fast.engines.NativeEngine drives it.")
       .def(py::init([](int64_t data_dim, std::vector<int64_t> encoder_hidden, int64_t latent_dim,

@@ -124,7 +124,9 @@ def test_the_kernel_names_the_tensor_that_it_does_not_take() -> None:
     three = [torch.ones(3)]
     for grads, found in (([torch.ones(4)], "[4]"), ([torch.ones(3).double()], "Double"), ([], "0 grads")):
         with pytest.raises(ValueError, match=re.escape(found)):
-            _C.adagrad_update(three, grads, three, lr=0.1, eps=1e-8)
+            _C.adagrad_update(three, grads, three, torch.ones(()), lr=0.1, eps=1e-8, accumulate_steps=0)
+    with pytest.raises(ValueError, match="step: got "):
+        _C.adagrad_update(three, three, three, torch.ones(2), lr=0.1, eps=1e-8, accumulate_steps=0)
 
 
 def test_adagrad_agrees_with_torch_where_eps_does_not_matter() -> None:

@@ -5,7 +5,14 @@ from torch import Tensor
 
 def cpu_capability() -> str: ...
 def adagrad_update(
-    parameters: Sequence[Tensor], grads: Sequence[Tensor], sums: Sequence[Tensor], *, lr: float, eps: float
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    step: Tensor,
+    *,
+    lr: float,
+    eps: float,
+    accumulate_steps: int,
 ) -> None: ...
 
 class Run: ...

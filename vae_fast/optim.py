@@ -80,9 +80,9 @@ class Adagrad(torch.optim.Optimizer):
         sums = [self.state[p]["sum"] for p in params]
         steps = [self.state[p]["step"] for p in params]
         torch._foreach_add_(steps, 1)
-        if _in_one_pass([*params, *grads, *sums], group["eps"]):
-            lr = group["lr"] if int(steps[0]) > group["accumulate_steps"] else 0.0
-            _C.adagrad_update(params, grads, sums, lr=lr, eps=group["eps"])
+        if _in_one_pass([*params, *grads, *sums, steps[0]], group["eps"]):
+            how = {"lr": group["lr"], "eps": group["eps"], "accumulate_steps": group["accumulate_steps"]}
+            _C.adagrad_update(params, grads, sums, steps[0], **how)
             return
         roots = [self._root(p) for p in params]
         torch._foreach_addcmul_(sums, grads, grads)
