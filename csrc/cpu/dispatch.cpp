@@ -201,7 +201,7 @@ void launch(const InputGradient& a) {
 // All panels of all layers stand in one line, which is cut into a piece of equal cost for each thread.
 void launch(const WeightGradient* parts, int count) {
   const auto run = runner<WeightGradient>();
-  // An update takes as long as kUpdateRows rows of the product, for the memory that it passes through.
+  // An update is counted as so many rows of the product.
   constexpr int64_t kUpdateRows = 40;
   const auto cost = [](const WeightGradient& a) {
     // A matrix unit takes half the time of vectors for a row in three parts, an eighth in one (predicted).

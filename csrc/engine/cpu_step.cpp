@@ -165,7 +165,7 @@ void CpuStep::find_nonzeros(Matrix x, int64_t batch, bool by_rows) {
   if (!leaves_zeros_out_) return;
   if (by_rows) cpu::launch(cpu::NonzerosOfRows{found_, x});
   // Lists save nothing where 0.6 of the elements are not zero (bench_products); 0.4 stays clear of that. On a matrix
-  // unit the products that they replace take 0.56 of the time, as predicted.
+  // unit the products that they replace are predicted to take 0.56 of the time.
   const int64_t percent = cpu::on_matrix_unit(fast_, batch) ? 25 : 40;
   const int64_t count = std::accumulate(per_row_.begin(), per_row_.begin() + batch, int64_t{0});
   if (100 * count > percent * batch * network_.data_dim) return;
