@@ -80,11 +80,15 @@ void adagrad_update(const std::vector<at::Tensor>& parameters, const std::vector
   TORCH_CHECK_VALUE(grads.size() == parameters.size() && sums.size() == parameters.size(), "got ", parameters.size(),
                     " parameters, ", grads.size(), " grads and ", sums.size(), " sums, wanted as many of each");
   for (size_t i = 0; i < parameters.size(); ++i) {
-    for (const at::Tensor* t : {&parameters[i], &grads[i], &sums[i]})
+    const auto check = [&](const char* name, const at::Tensor& t) {
       TORCH_CHECK_VALUE(
-          t->is_cpu() && t->scalar_type() == at::kFloat && t->is_contiguous() && t->sizes() == parameters[i].sizes(),
-          "tensor ", i, ": got ", t->toString(), " ", t->sizes(), t->is_contiguous() ? "" : " with gaps",
+          t.is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous() && t.sizes() == parameters[i].sizes(), name,
+          "[", i, "]: got ", t.toString(), " ", t.sizes(), t.is_contiguous() ? "" : " with gaps",
           ", wanted contiguous float32 on the CPU, ", parameters[i].sizes());
+    };
+    check("parameters", parameters[i]);
+    check("grads", grads[i]);
+    check("sums", sums[i]);
   }
   const Optimizer adagrad{OptimizerKind::adagrad, lr, eps, 0, 0, 0, 0, 0};
   const UpdateRule rule = rule_of(adagrad);
