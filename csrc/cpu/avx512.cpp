@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 // In the source, not on the command line: every build system then compiles it alike. To the end of the file, because

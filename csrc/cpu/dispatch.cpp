@@ -179,7 +179,10 @@ int64_t blocks(int64_t rows) { return (rows + tile().block - 1) / tile().block; 
 
 void launch(const Gather& a) { share(a, a.batch, a.dynamic ? 8 * a.cols : a.cols); }
 void launch(const NonzerosOfRows& a) { share(a, a.nonzeros.rows, a.nonzeros.cols); }
-void launch(const NonzerosOfColumns& a) { share(a, a.nonzeros.column_pairs(), a.nonzeros.rows); }
+void launch(const NonzerosOfColumns& a) {
+  constexpr int64_t kPairs = NonzerosOfColumns::kPairs;
+  share(a, (a.nonzeros.column_pairs() + kPairs - 1) / kPairs, kPairs * a.nonzeros.rows);
+}
 void launch(const Forward& a) {
   if (a.nonzeros) {
     const int64_t row_blocks = (a.rows + tile().sparse_rows - 1) / tile().sparse_rows;

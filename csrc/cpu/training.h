@@ -40,7 +40,7 @@ struct Nonzeros {
     float values[2];
   };
   static constexpr int32_t kNoColumn = INT32_MAX;  // behind a row's last
-  static constexpr int64_t kSpare = 8;             // columns a row has room for, beyond its own
+  static constexpr int64_t kSpare = 16;            // columns a row has room for, beyond its own
 
   int64_t rows, cols;
   int32_t* columns;  // [rows, cols + kSpare] of row r those with an element, from left to right
@@ -59,6 +59,7 @@ struct NonzerosOfRows {
   Matrix x;
 };
 struct NonzerosOfColumns {
+  static constexpr int64_t kPairs = 8;  // that a thread takes at once
   Nonzeros nonzeros;
   Matrix x;
 };

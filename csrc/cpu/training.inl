@@ -58,6 +58,14 @@ VAE_FAST_INLINE void list_nonzeros(const Nonzeros& nonzeros, const float* x, int
   typedef uint8_t Bytes __attribute__((vector_size(8)));
   typedef int32_t Eight __attribute__((vector_size(32)));
   int32_t *const columns = nonzeros.of_row(r), *next = columns;
+#ifdef VAE_FAST_MASKS
+  __m512i listed = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t c = 0; c < nonzeros.cols; c += kLanes, listed = _mm512_add_epi32(listed, _mm512_set1_epi32(16))) {
+    const __mmask16 found = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + c), __m512{}, _CMP_NEQ_UQ);
+    _mm512_storeu_si512(next, _mm512_maskz_compress_epi32(found, listed));
+    next += __builtin_popcount(found);
+  }
+#else
   for (int64_t c = 0; c < nonzeros.cols; c += 8) {  // what fills a row of x up is zero
     const uint32_t found = nonzero_of_eight(x + c);
     Bytes lanes;
@@ -66,6 +74,7 @@ VAE_FAST_INLINE void list_nonzeros(const Nonzeros& nonzeros, const float* x, int
     __builtin_memcpy(next, &listed, sizeof listed);
     next += __builtin_popcount(found);
   }
+#endif
   *next = Nonzeros::kNoColumn;
   nonzeros.per_row[r] = static_cast<int32_t>(next - columns);
 }
@@ -101,30 +110,57 @@ void run_part(const NonzerosOfRows& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) list_nonzeros(a.nonzeros, at(a.x, r, 0), r);
 }
 
-// Of an ascending list the first whose place, a column or a row, is not before `place`
-VAE_FAST_INLINE int32_t place_of(int32_t column) { return column; }
-VAE_FAST_INLINE int32_t place_of(const Nonzeros::Pair& pair) { return pair.row; }
-template <class Entry>
-VAE_FAST_INLINE const Entry* first_from(const Entry* begin, const Entry* end, int64_t place) {
-  while (begin < end) {
-    const Entry* middle = begin + (end - begin) / 2;
-    place_of(*middle) < place ? begin = middle + 1 : end = middle;
-  }
-  return begin;
+// Writes which of kPairsAtOnce pairs of floats, of numbers `first` on, are not both zero; returns how many.
+#ifdef VAE_FAST_MASKS
+constexpr int64_t kPairsAtOnce = 8;
+VAE_FAST_INLINE int list_pairs(const float* x, int64_t first, int32_t* listed) {
+  const __m512i magnitudes = _mm512_set1_epi32(0x7FFFFFFF);
+  const __mmask8 found = _mm512_test_epi64_mask(_mm512_loadu_si512(x), magnitudes);
+  const __m256i all = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(listed), _mm256_maskz_compress_epi32(found, all));
+  return __builtin_popcount(found);
 }
+#else
+constexpr int64_t kPairsAtOnce = 4;
+VAE_FAST_INLINE int list_pairs(const float* x, int64_t first, int32_t* listed) {
+  typedef uint8_t Bytes __attribute__((vector_size(4)));
+  typedef int32_t Four __attribute__((vector_size(16)));
+  const uint32_t columns = nonzero_of_eight(x), any = (columns | columns >> 1) & 0x55u;  // in every other bit
+  const uint32_t two = (any | any >> 1) & 0x33u, found = (two | two >> 2) & 0x0Fu;
+  Bytes lanes;
+  __builtin_memcpy(&lanes, kLanesOfByte.lanes[found], sizeof lanes);
+  const Four all = __builtin_convertvector(lanes, Four) + static_cast<int32_t>(first);
+  __builtin_memcpy(listed, &all, sizeof all);
+  return __builtin_popcount(found);
+}
+#endif
 
 void run_part(const NonzerosOfColumns& a, int64_t begin, int64_t end) {
+  constexpr int64_t kGroup = NonzerosOfColumns::kPairs, kGroupsAtOnce = 32;
   const Nonzeros& nonzeros = a.nonzeros;
-  for (int64_t p = begin; p < end; ++p) nonzeros.per_pair[p] = 0;
-  for (int64_t r = 0; r < nonzeros.rows; ++r) {
-    const float* x = at(a.x, r, 0);
-    const int32_t *columns = nonzeros.of_row(r), last = static_cast<int32_t>(2 * end);
-    for (columns = first_from(columns, columns + nonzeros.per_row[r], 2 * begin); *columns < last; ++columns) {
-      const int32_t p = *columns / 2;
-      nonzeros.of_pair(p)[nonzeros.per_pair[p]++] = {static_cast<int32_t>(r), {x[2 * p], x[2 * p + 1]}};
-      columns += columns[1] == 2 * p + 1;
+  const int64_t pairs = nonzeros.column_pairs();
+  for (int64_t group = begin; group < end; group += kGroupsAtOnce) {
+    const int64_t first = group * kGroup, last = min(pairs, min(end, group + kGroupsAtOnce) * kGroup);
+    for (int64_t p = first; p < last; ++p) nonzeros.per_pair[p] = 0;
+    for (int64_t r = 0; r < nonzeros.rows; ++r) {
+      const float* x = at(a.x, r, 0);
+      int32_t listed[kGroupsAtOnce * kGroup + kPairsAtOnce], *next = listed;
+      for (int64_t p = first; p < last; p += kPairsAtOnce) next += list_pairs(x + 2 * p, p, next);
+      for (const int32_t* i = listed; i < next; ++i) {
+        const int64_t p = *i;
+        nonzeros.of_pair(p)[nonzeros.per_pair[p]++] = {static_cast<int32_t>(r), {x[2 * p], x[2 * p + 1]}};
+      }
     }
   }
+}
+
+// Of ascending entries the first whose row is not before `row`
+VAE_FAST_INLINE const Nonzeros::Pair* first_from(const Nonzeros::Pair* begin, const Nonzeros::Pair* end, int64_t row) {
+  while (begin < end) {
+    const Nonzeros::Pair* middle = begin + (end - begin) / 2;
+    middle->row < row ? begin = middle + 1 : end = middle;
+  }
+  return begin;
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 // stores of every element type. Compiled once per instruction set: see kernels.inl.
 #pragma once
 
+#include <type_traits>
+
 #include "../kernels.h"
 #include "../math/math.h"
 
@@ -263,12 +265,20 @@ struct Bits {
   VAE_FAST_INLINE Bits operator+(int64_t i) const { return {bytes, index + i}; }
 };
 
+#if VAE_FAST_VECTOR_BYTES == 64 && !defined(VAE_FAST_EMULATE_AVX512)
+#define VAE_FAST_MASKS
+VAE_FAST_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+#endif
+
 template <>
 struct Memory<VF> {
   static constexpr int lanes = kLanes;
   template <class T>
   static VAE_FAST_INLINE VF load(const T* p, int64_t n) {
     if (n >= kLanes) return to_floats(p);
+#ifdef VAE_FAST_MASKS
+    if constexpr (std::is_same_v<T, float>) return (VF)_mm512_maskz_loadu_ps(first_lanes(n), p);
+#endif
     T part[kLanes] = {};
     __builtin_memcpy(part, p, sizeof(T) * static_cast<size_t>(n));
     return to_floats(part);
@@ -286,6 +296,9 @@ struct Memory<VF> {
   template <class T>
   static VAE_FAST_INLINE void store(T* p, VF v, int64_t n) {
     if (n >= kLanes) return from_floats(p, v);
+#ifdef VAE_FAST_MASKS
+    if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+#endif
     T part[kLanes];
     from_floats(part, v);
     __builtin_memcpy(p, part, sizeof(T) * static_cast<size_t>(n));
@@ -297,14 +310,17 @@ struct Memory<VF> {
   // v in the first n lanes, zero in the rest
   static VAE_FAST_INLINE VF keep(VF v, int64_t n) {
     if (n >= kLanes) return v;
+#ifdef VAE_FAST_MASKS
+    return (VF)_mm512_maskz_mov_ps(first_lanes(n), (__m512)v);
+#endif
     VF out = {};
     for (int i = 0; i < static_cast<int>(n); ++i) out[i] = v[i];
     return out;
   }
   static VAE_FAST_INLINE double sum(VF v) {
-    double total = 0;
-    for (int i = 0; i < kLanes; ++i) total += v[i];
-    return total;
+    double part[4] = {};  // an addition does not wait for the one before it
+    for (int i = 0; i < kLanes; ++i) part[i % 4] += v[i];
+    return (part[0] + part[1]) + (part[2] + part[3]);
   }
 };
 
