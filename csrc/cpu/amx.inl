@@ -172,40 +172,11 @@ VAE_FAST_INLINE void pack_right(const float* from, int64_t ld, int64_t terms, ui
         store_pairs<kParts>(row(term, half), row(term + 16, half), to + half * kAmxHalf + pair * 16);
 }
 
-// 16 vectors transposed: squares of 8, 4, 2 and 1 change places across the diagonal of one twice their size.
-template <int kSize>
-VAE_FAST_INLINE void exchange(VF (&rows)[16]) {
-  typedef int32_t Order __attribute__((vector_size(64)));
-  Order upper{}, lower{};
-  for (int i = 0; i < 16; ++i) {
-    upper[i] = i & kSize ? 16 + i - kSize : i;
-    lower[i] = i & kSize ? 16 + i : i + kSize;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (i & kSize) continue;
-    const VF a = rows[i], b = rows[i + kSize];
-    rows[i] = __builtin_shuffle(a, b, upper);
-    rows[i + kSize] = __builtin_shuffle(a, b, lower);
-  }
-}
-
-// to[n][k] = from[k][n], 16 x 16 elements of 32 bits; also in place
-VAE_FAST_INLINE void transpose16(const float* from, int64_t from_ld, float* to, int64_t to_ld) {
-  VF rows[16];
-  for (int i = 0; i < 16; ++i) rows[i] = to_floats(from + i * from_ld);
-  exchange<8>(rows);
-  exchange<4>(rows);
-  exchange<2>(rows);
-  exchange<1>(rows);
-  for (int i = 0; i < 16; ++i) from_floats(to + i * to_ld, rows[i]);
-}
-
 // Between left and right, in place: each 16 x 16 pairs of a block transposed
 VAE_FAST_INLINE void turn(uint32_t* blocks, int64_t count) {
   for (int64_t i = 0; i < 2 * count; ++i) {
     float* const square = reinterpret_cast<float*>(blocks + i * kAmxHalf);
-    transpose16(square, 16, square, 16);
+    transpose(square, 16, square, 16);
   }
 }
 
@@ -237,13 +208,13 @@ struct AmxForward {
     left = amx_left.at_least(kAmxTiles * blocks * kParts);
     right = amx_right.at_least(blocks * kParts);
   }
-  void begin(int64_t first_row, int64_t last_row, int64_t p) {
-    if (first_row != first) {
-      first = first_row, last = last_row;
+  void begin(const TileLine::Piece& piece) {
+    if (piece.first != first) {
+      first = piece.first, last = piece.last;
       for (int64_t row = first; row < last; row += kAmxRows)
         pack_left<kParts>(at(a.in, row, 0), a.in.ld, min(kAmxRows, last - row), blocks, left_of(row));
     }
-    pack_right<kParts>(a.weight + p * round_up(a.inputs, kPanel) * kPanel, kPanel, a.inputs, right);
+    pack_right<kParts>(a.weight + piece.panel * round_up(a.inputs, kPanel) * kPanel, kPanel, a.inputs, right);
   }
   uint32_t* left_of(int64_t row) const { return left + (row - first) / kAmxRows * blocks * kParts * kAmxBlock; }
   void multiply(Tile& tile, int64_t row, int64_t, int64_t) {
@@ -261,40 +232,41 @@ struct AmxInputGradient {
   using Tile = TileOf<kAmxRows>;
   static constexpr int64_t kDepth = INT64_MAX;
   const InputGradient& a;
+  const int64_t panels;
   int64_t first = -1, last = 0;
   uint32_t *left, *right;
   AmxTiles tiles;
 
-  explicit AmxInputGradient(const InputGradient& part) : a(part) {
-    left = amx_left.at_least(a.panels * kParts);
-    right = amx_right.at_least(kAmxTiles * a.panels * kParts);
+  explicit AmxInputGradient(const InputGradient& part) : a(part), panels(round_up(part.outputs, kPanel) / kPanel) {
+    left = amx_left.at_least(panels * kParts);
+    right = amx_right.at_least(kAmxTiles * panels * kParts);
   }
-  void begin(int64_t first_row, int64_t last_row, int64_t first_input) {
-    if (first_row != first) {
-      first = first_row, last = last_row;
+  void begin(const TileLine::Piece& piece) {
+    if (piece.first != first) {
+      first = piece.first, last = piece.last;
       for (int64_t row = first; row < last; row += kAmxRows) {
-        pack_left<kParts>(at(a.grad_out, row, 0), a.grad_out.ld, min(kAmxRows, last - row), a.panels, right_of(row));
-        turn(right_of(row), a.panels * kParts);
+        pack_left<kParts>(at(a.grad_out, row, 0), a.grad_out.ld, min(kAmxRows, last - row), panels, right_of(row));
+        turn(right_of(row), panels * kParts);
       }
     }
     const int64_t panel_rows = round_up(a.inputs, kPanel);
-    for (int64_t p = 0; p < a.panels; ++p)
-      pack_left<kParts>(a.weight + (p * panel_rows + first_input) * kPanel, kPanel, kAmxRows, 1,
+    for (int64_t p = 0; p < panels; ++p)
+      pack_left<kParts>(a.weight + (p * panel_rows + piece.panel * kPanel) * kPanel, kPanel, kAmxRows, 1,
                         left + p * kParts * kAmxBlock);
   }
   void take_outputs(int64_t, int64_t) {}
-  uint32_t* right_of(int64_t row) const { return right + (row - first) / kAmxRows * a.panels * kParts * kAmxBlock; }
+  uint32_t* right_of(int64_t row) const { return right + (row - first) / kAmxRows * panels * kParts * kAmxBlock; }
   void multiply(Tile& tile, int64_t row, int64_t, int64_t) {
     alignas(64) float turned[kAmxRows * kPanel];
     const int64_t rows = rows_of<Tile>(row, last) > kAmxRows / 2 ? kAmxRows : kAmxRows / 2;
     if (rows == kAmxRows)
-      amx_multiply<kParts>(left, right_of(row), a.panels, turned, true);
+      amx_multiply<kParts>(left, right_of(row), panels, turned, true);
     else
-      amx_multiply<kParts, 2, 1>(left, right_of(row), a.panels, turned, true);
+      amx_multiply<kParts, 2, 1>(left, right_of(row), panels, turned, true);
     for (int64_t down = 0; down < rows; down += 16)
       for (int64_t across = 0; across < kPanel; across += 16)
-        transpose16(turned + across * kPanel + down, kPanel,
-                    reinterpret_cast<float*>(tile.sum) + down * kPanel + across, kPanel);
+        transpose(turned + across * kPanel + down, kPanel, reinterpret_cast<float*>(tile.sum) + down * kPanel + across,
+                  kPanel);
   }
 };
 
@@ -316,7 +288,9 @@ struct AmxWeightGradient {
       turn(left_of(k), blocks * kParts);
     }
   }
-  void take_panel(const float* grad_out, int64_t depth) { pack_right<kParts>(grad_out, kPanel, depth, right); }
+  void take_panel(const float* grad_out, int64_t depth, int64_t) {
+    pack_right<kParts>(grad_out, kPanel, depth, right);
+  }
   uint32_t* left_of(int64_t k) const { return left + k / kAmxRows * blocks * kParts * kAmxBlock; }
   void multiply(Tile& tile, int64_t k, int64_t row, int64_t) {
     amx_multiply<kParts>(left_of(k), right, blocks, reinterpret_cast<float*>(tile.sum), row == 0);

@@ -173,9 +173,23 @@ namespace {
 
 // What a product of so many rows and inputs costs in one panel, in elements of an operator
 int64_t panel_cost(int64_t rows, int64_t inputs) { return rows * inputs * tile().panel / 64; }
-int64_t blocks(int64_t rows) { return (rows + tile().block - 1) / tile().block; }
+int64_t panels_of(int64_t columns) { return TileLine::parts(columns, tile().panel); }
+constexpr int64_t kMatrixUnitRows = 32;  // of a tile
 
 }  // namespace
+
+TileLine tiles_of(const Forward& a) {
+  return {a.rows, tile().block, on_matrix_unit(a.fast, a.rows) ? kMatrixUnitRows : tile().rows,
+          TileLine::parts(a.outputs, tile().lanes)};
+}
+TileLine tiles_of(const InputGradient& a) {
+  return {a.rows, tile().block, on_matrix_unit(a.fast, a.rows) ? kMatrixUnitRows : tile().rows,
+          TileLine::parts(a.inputs, tile().lanes)};
+}
+TileLine tiles_of(const WeightGradient& a) {
+  return {a.inputs, a.inputs, on_matrix_unit(a.operand, a.rows) ? kMatrixUnitRows : tile().rows,
+          TileLine::parts(a.outputs, tile().lanes)};
+}
 
 void launch(const Gather& a) { share(a, a.batch, a.dynamic ? 8 * a.cols : a.cols); }
 void launch(const NonzerosOfRows& a) { share(a, a.nonzeros.rows, a.nonzeros.cols); }
@@ -185,11 +199,12 @@ void launch(const NonzerosOfColumns& a) {
 }
 void launch(const Forward& a) {
   if (a.nonzeros) {
-    const int64_t row_blocks = (a.rows + tile().sparse_rows - 1) / tile().sparse_rows;
-    const int64_t groups = (a.panels + tile().sparse_panels - 1) / tile().sparse_panels;
+    const int64_t row_blocks = TileLine::parts(a.rows, tile().sparse_rows);
+    const int64_t groups = TileLine::parts(panels_of(a.outputs), tile().sparse_panels);
     return share(a, row_blocks * groups, panel_cost(a.rows, a.inputs));
   }
-  share(a, blocks(a.rows) * a.panels, panel_cost(std::min(a.rows, tile().block), a.inputs));
+  const TileLine tiles = tiles_of(a);
+  share(a, tiles.length(), panel_cost(tiles.tile_rows, a.inputs) / 2);
 }
 void launch(const AdagradUpdate& a) { share(a, a.count, 1); }
 void launch(const GaussianLoss& a) { share(a, a.rows, 4 * a.cols); }
@@ -197,43 +212,46 @@ void launch(const Dream& a) { share(a, a.rows, 8 * a.cols); }
 void launch(const LatentForward& a) { share(a, a.batch, 2 * a.samples * a.latent); }
 void launch(const LatentBackward& a) { share(a, a.batch, 2 * a.samples * a.latent); }
 void launch(const InputGradient& a) {
-  const int64_t in_panels = (a.inputs + tile().panel - 1) / tile().panel;
-  share(a, blocks(a.rows) * in_panels, panel_cost(std::min(a.rows, tile().block), a.panels * tile().panel));
+  const TileLine tiles = tiles_of(a);
+  share(a, tiles.length(), panel_cost(tiles.tile_rows, a.outputs) / 2);
 }
 
-// All panels of all layers stand in one line, which is cut into a piece of equal cost for each thread.
+// All tiles of all layers' weights stand in one line, which is cut into a piece of equal cost for each thread. Of a
+// layer with lists they are whole panels.
 void launch(const WeightGradient* parts, int count) {
   const auto run = runner<WeightGradient>();
   // An update is counted as so many rows of the product.
-  constexpr int64_t kUpdateRows = 40;
-  const auto cost = [](const WeightGradient& a) {
+  constexpr int64_t kUpdateRows = 16;
+  const auto items = [](const WeightGradient& a) {
+    return a.nonzeros ? panels_of(a.outputs) : tiles_of(a).length();
+  };
+  const auto cost = [](const WeightGradient& a) {  // of an item
     // A matrix unit takes half the time of vectors for a row in three parts, an eighth in one (predicted).
     const int64_t faster = !on_matrix_unit(a.operand, a.rows) ? 1 : a.operand ? 8 : 2;
-    if (!a.nonzeros) return 1 + panel_cost(a.rows / faster + kUpdateRows, a.inputs);
+    if (!a.nonzeros) return 1 + panel_cost(a.rows / faster + kUpdateRows, tiles_of(a).tile_rows) / 2;
     int64_t terms = 0, pairs = 0;
     for (int64_t p = 0; p < a.nonzeros->column_pairs(); ++p) {
       terms += a.nonzeros->per_pair[p];
       pairs += a.nonzeros->per_pair[p] > 0;
     }
-    return 1 + panel_cost(2, terms + terms / 3 + pairs * kUpdateRows);  // a listed term takes a third longer
+    return 1 + panel_cost(2, terms + pairs * kUpdateRows);
   };
-  int64_t costs[64], total = 0;  // of a panel of each part
+  int64_t sizes[64], costs[64], total = 0;
   TORCH_INTERNAL_ASSERT(count <= 64);
-  for (int i = 0; i < count; ++i) total += parts[i].panels * (costs[i] = cost(parts[i]));
+  for (int i = 0; i < count; ++i) total += (sizes[i] = items(parts[i])) * (costs[i] = cost(parts[i]));
   const int64_t threads =
       at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), 1 + total / (4 * 8192));
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     const int64_t from = total * first / threads, to = total * last / threads;
     int64_t before = 0;
     for (int i = 0; i < count; ++i) {
-      // A panel belongs to the thread in whose piece it begins.
-      const auto panels_before = [&](int64_t place) {
-        const int64_t panels = (place - before + costs[i] - 1) / costs[i];
-        return std::clamp<int64_t>(place <= before ? 0 : panels, 0, parts[i].panels);
+      // An item belongs to the thread in whose piece it begins.
+      const auto items_before = [&](int64_t place) {
+        return std::clamp<int64_t>(place <= before ? 0 : TileLine::parts(place - before, costs[i]), 0, sizes[i]);
       };
-      const int64_t begin = panels_before(from), end = panels_before(to);
+      const int64_t begin = items_before(from), end = items_before(to);
       if (begin < end) run(parts[i], begin, end);
-      before += parts[i].panels * costs[i];
+      before += sizes[i] * costs[i];
     }
   });
 }

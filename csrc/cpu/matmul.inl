@@ -74,34 +74,38 @@ struct TileOf {
 using Tile = TileOf<kTileRows>;
 
 // tile[i, :] += sum_k a[i, k] b[k, :] over `count` terms k. Of a, either the rows i lie side by side (kAcross) and k
-// strides by ld_a, or the other way round.
-template <bool kAcross>
-VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t count) {
+// strides by ld_a, or the other way round. Of b the first kVectors of each row. Not inlined, for the registers of its
+// inner loop: beside an optimizer's it had half the speed.
+template <bool kAcross, int kVectors>
+__attribute__((noinline)) void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t count) {
   for (int64_t begin = 0; begin < count; begin += kTermsAtOnce) {
-    VF sum[kTileRows][2];
+    VF sum[kTileRows][kVectors];
 #pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) sum[i][0] = sum[i][1] = VF{};
+    for (int i = 0; i < kTileRows; ++i)
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = VF{};
     const int64_t end = min(begin + kTermsAtOnce, count);
 #pragma GCC unroll 2
     for (int64_t k = begin; k < end; ++k) {
-      const VF b0 = to_floats(b + k * kPanel), b1 = to_floats(b + k * kPanel + kLanes);
+      VF right[kVectors];
+      for (int j = 0; j < kVectors; ++j) right[j] = to_floats(b + k * kPanel + j * kLanes);
       const float* column = a + (kAcross ? k * ld_a : k);
 #pragma GCC unroll 16
       for (int i = 0; i < kTileRows; ++i) {
         const VF left = in_every_lane(kAcross ? column[i] : column[i * ld_a]);
-        sum[i][0] = Math<VF>::fma(left, b0, sum[i][0]);
-        sum[i][1] = Math<VF>::fma(left, b1, sum[i][1]);
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = Math<VF>::fma(left, right[j], sum[i][j]);
       }
     }
-    // The tile stays in memory until here: kept in registers it would drive operands of the loop out of them, which
-    // made an update 1.4 times as long.
-    asm volatile("" : "+m"(tile));
 #pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
-      tile.sum[i][0] = tile.sum[i][0] + sum[i][0];
-      tile.sum[i][1] = tile.sum[i][1] + sum[i][1];
-    }
+    for (int i = 0; i < kTileRows; ++i)
+      for (int j = 0; j < kVectors; ++j) tile.sum[i][j] = tile.sum[i][j] + sum[i][j];
   }
+}
+
+template <bool kAcross>
+VAE_FAST_INLINE void multiply(Tile& tile, const float* a, int64_t ld_a, const float* b, int64_t count,
+                              int64_t vectors) {
+  vectors == 2 ? multiply<kAcross, 2>(tile, a, ld_a, b, count) : multiply<kAcross, 1>(tile, a, ld_a, b, count);
 }
 
 // The kLanes elements' cache lines at p and after, as many as `bytes` fill
@@ -110,6 +114,33 @@ VAE_FAST_INLINE void prefetch(const float* p, int64_t bytes) {
 }
 
 VAE_FAST_INLINE float* at(Matrix m, int64_t row, int64_t column) { return m.data + row * m.ld + column; }
+
+// A square of vectors transposed: squares of kSize change places across the diagonal of one twice their size.
+template <int kSize>
+VAE_FAST_INLINE void transpose(VF (&rows)[kLanes]) {
+  typedef int32_t Order __attribute__((vector_size(VAE_FAST_VECTOR_BYTES)));
+  Order upper{}, lower{};
+  for (int i = 0; i < kLanes; ++i) {
+    upper[i] = i & kSize ? kLanes + i - kSize : i;
+    lower[i] = i & kSize ? kLanes + i : i + kSize;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kSize) continue;
+    const VF a = rows[i], b = rows[i + kSize];
+    rows[i] = __builtin_shuffle(a, b, upper);
+    rows[i + kSize] = __builtin_shuffle(a, b, lower);
+  }
+  if constexpr (kSize > 1) transpose<kSize / 2>(rows);
+}
+
+// to[n][k] = from[k][n], kLanes x kLanes elements of 32 bits; also in place
+VAE_FAST_INLINE void transpose(const float* from, int64_t from_ld, float* to, int64_t to_ld) {
+  VF rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = to_floats(from + i * from_ld);
+  transpose<kLanes / 2>(rows);
+  for (int i = 0; i < kLanes; ++i) from_floats(to + i * to_ld, rows[i]);
+}
 
 // --- tiles of the three products of a layer --------------------------------------------------------------------------
 
@@ -129,55 +160,41 @@ struct VectorForward {
   static constexpr int64_t kDepth = 1024;  // terms of a sum before it is stored
   const Forward& a;
   const float* panel = nullptr;
-  int64_t first = 0, panel_rows, next = 0;
+  int64_t begin_row = 0, vectors = 0, panel_rows, next = 0;
 
   explicit VectorForward(const Forward& part) : a(part), panel_rows(round_up(part.inputs, kPanel)) {}
-  VAE_FAST_INLINE void begin(int64_t first_row, int64_t last_row, int64_t p) {
-    first = first_row;
-    panel = a.weight + p * panel_rows * kPanel;
-    next = p + 1 < a.panels ? a.inputs * kTileRows / (last_row - first_row) : 0;  // rows of the next panel, per tile
+  VAE_FAST_INLINE void begin(const TileLine::Piece& piece) {
+    begin_row = piece.begin, vectors = piece.vectors;
+    panel = a.weight + piece.panel * panel_rows * kPanel;
+    // rows of the next panel, per tile
+    next = (piece.panel + 1) * kPanel < a.outputs ? a.inputs * kTileRows / (piece.end - piece.begin) : 0;
   }
   VAE_FAST_INLINE void multiply(Tile& tile, int64_t row, int64_t k, int64_t depth) {
-    prefetch(panel + (panel_rows + (row - first) / kTileRows * next) * kPanel, next * kPanel * 4);
-    cpu::VAE_FAST_CAPABILITY::multiply<false>(tile, at(a.in, row, k), a.in.ld, panel + k * kPanel, depth);
+    prefetch(panel + (panel_rows + (row - begin_row) / kTileRows * next) * kPanel, next * kPanel * 4);
+    cpu::VAE_FAST_CAPABILITY::multiply<false>(tile, at(a.in, row, k), a.in.ld, panel + k * kPanel, depth, vectors);
   }
 };
-
-typedef float Quad __attribute__((vector_size(16)));
-
-// to[n][k] = from[k][n], 4 x 4 elements
-template <int kFromLd, int kToLd>
-VAE_FAST_INLINE void transpose4(const float* from, float* to) {
-  Quad r[4];
-  for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], from + i * kFromLd, sizeof r[i]);
-  typedef int32_t Order __attribute__((vector_size(16)));
-  const Quad a = __builtin_shuffle(r[0], r[1], Order{0, 4, 1, 5}), b = __builtin_shuffle(r[2], r[3], Order{0, 4, 1, 5});
-  const Quad c = __builtin_shuffle(r[0], r[1], Order{2, 6, 3, 7}), d = __builtin_shuffle(r[2], r[3], Order{2, 6, 3, 7});
-  r[0] = __builtin_shuffle(a, b, Order{0, 1, 4, 5}), r[1] = __builtin_shuffle(a, b, Order{2, 3, 6, 7});
-  r[2] = __builtin_shuffle(c, d, Order{0, 1, 4, 5}), r[3] = __builtin_shuffle(c, d, Order{2, 3, 6, 7});
-  for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * kToLd, &r[i], sizeof r[i]);
-}
 
 // Tiles of grad_out W^T: rows of grad_out by kPanel inputs
 struct VectorInputGradient {
   using Tile = cpu::VAE_FAST_CAPABILITY::Tile;
   static constexpr int64_t kDepth = 512;
   const InputGradient& a;
-  int64_t panel_rows, column = 0;
+  int64_t panel_rows, column = 0, vectors = 0;
   alignas(64) float part[kDepth * kPanel];  // of W^T: outputs down, kPanel inputs across
 
   explicit VectorInputGradient(const InputGradient& part) : a(part), panel_rows(round_up(part.inputs, kPanel)) {}
-  VAE_FAST_INLINE void begin(int64_t, int64_t, int64_t first_input) { column = first_input; }
+  VAE_FAST_INLINE void begin(const TileLine::Piece& piece) { column = piece.panel * kPanel, vectors = piece.vectors; }
   VAE_FAST_INLINE void take_outputs(int64_t n, int64_t depth) {
     for (int64_t i = 0; i < depth; i += kPanel) {
       const float* square = a.weight + (n + i) * panel_rows + column * kPanel;
-      for (int64_t down = 0; down < kPanel; down += 4)
-        for (int64_t across = 0; across < kPanel; across += 4)
-          transpose4<kPanel, kPanel>(square + across * kPanel + down, part + (i + down) * kPanel + across);
+      for (int64_t down = 0; down < kPanel; down += kLanes)
+        for (int64_t across = 0; across < vectors * kLanes; across += kLanes)
+          transpose(square + across * kPanel + down, kPanel, part + (i + down) * kPanel + across, kPanel);
     }
   }
   VAE_FAST_INLINE void multiply(Tile& tile, int64_t row, int64_t n, int64_t depth) {
-    cpu::VAE_FAST_CAPABILITY::multiply<false>(tile, at(a.grad_out, row, n), a.grad_out.ld, part, depth);
+    cpu::VAE_FAST_CAPABILITY::multiply<false>(tile, at(a.grad_out, row, n), a.grad_out.ld, part, depth, vectors);
   }
 };
 
@@ -186,12 +203,15 @@ struct VectorWeightGradient {
   using Tile = cpu::VAE_FAST_CAPABILITY::Tile;
   const WeightGradient& a;
   const float* grad_out = nullptr;
+  int64_t vectors = 0;
 
   explicit VectorWeightGradient(const WeightGradient& part) : a(part) {}
   VAE_FAST_INLINE void begin(int64_t, int64_t) {}
-  VAE_FAST_INLINE void take_panel(const float* panel_of_grad_out, int64_t) { grad_out = panel_of_grad_out; }
+  VAE_FAST_INLINE void take_panel(const float* panel_of_grad_out, int64_t, int64_t in_panel) {
+    grad_out = panel_of_grad_out, vectors = in_panel;
+  }
   VAE_FAST_INLINE void multiply(Tile& tile, int64_t k, int64_t row, int64_t depth) {
-    cpu::VAE_FAST_CAPABILITY::multiply<true>(tile, at(a.in, row, k), a.in.ld, grad_out, depth);
+    cpu::VAE_FAST_CAPABILITY::multiply<true>(tile, at(a.in, row, k), a.in.ld, grad_out, depth, vectors);
   }
 };
 

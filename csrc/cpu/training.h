@@ -3,7 +3,8 @@
 //
 // Weights, and what an optimizer keeps of them, lie in panels of tile().panel outputs: for each input a row of them, so
 // that element (input k, output n) is [n / panel][k][n % panel], with round_up(inputs, panel) rows to a panel. Columns
-// that only fill a panel or a matrix up are zero and stay so; rows of a matrix that fill up a tile hold anything.
+// that only fill a panel or a matrix up are zero and stay so; rows of a matrix that fill up a tile hold anything. Of a
+// last panel that is no more than half full products leave the other half out.
 #pragma once
 
 #include "../engine/network.h"
@@ -22,7 +23,7 @@ struct Matrix {
 enum class Epilogue : int8_t { none, tanh, relu, softplus, bernoulli };
 
 struct TileShape {
-  int64_t rows, panel;
+  int64_t rows, lanes, panel;  // lanes: of a vector; two of them are a panel
   int64_t block;  // a product's rows are cut into so many at a time
   int64_t depth;
   int64_t sparse_rows, sparse_panels;  // of a product that reads lists of nonzeros
@@ -30,6 +31,50 @@ struct TileShape {
 TileShape tile();                              // of the instruction set in use
 bool matrix_unit();                            // whether there is one for products of bfloat16 numbers, AMX's
 bool on_matrix_unit(bool fast, int64_t rows);  // whether a product of so many rows goes there
+
+// The tiles of a product in one line, for threads to share: block of rows after block, in each panel after panel, in
+// each tile after tile, which is as long as it has vectors. A tile belongs to the thread in whose piece it begins.
+struct TileLine {
+  int64_t rows, block, tile_rows, vectors;
+
+  VAE_FAST_INLINE static int64_t parts(int64_t of, int64_t size) { return (of + size - 1) / size; }
+  VAE_FAST_INLINE int64_t panels() const { return parts(vectors, 2); }
+  VAE_FAST_INLINE int64_t tiles_down() const {
+    return rows / block * parts(block, tile_rows) + parts(rows % block, tile_rows);
+  }
+  VAE_FAST_INLINE int64_t tiles() const { return tiles_down() * panels(); }
+  VAE_FAST_INLINE int64_t length() const { return tiles_down() * vectors; }
+
+  struct Piece {
+    int64_t first, last;  // the block's rows
+    int64_t panel, vectors;
+    int64_t begin, end;  // of the block's rows those in tiles of this piece
+    int64_t tile;        // the number of its first tile
+  };
+  // body(Piece) for what lies in [begin, end)
+  template <class Body>
+  VAE_FAST_INLINE void pieces(int64_t begin, int64_t end, Body body) const {
+    int64_t at = 0, tile = 0;
+    for (int64_t first = 0; first < rows; first += block) {
+      const int64_t last = first + block < rows ? first + block : rows, down = parts(last - first, tile_rows);
+      if (at + down * vectors <= begin) {  // nothing of this block
+        at += down * vectors, tile += down * panels();
+        continue;
+      }
+      for (int64_t p = 0; p < panels() && at < end; ++p) {
+        const int64_t width = vectors - 2 * p < 2 ? 1 : 2;
+        const int64_t from = begin <= at ? 0 : parts(begin - at, width), until = parts(end - at, width);
+        const int64_t to = until < down ? until : down;
+        if (from < to) {
+          const int64_t row_end = first + to * tile_rows;
+          body(Piece{first, last, p, width, first + from * tile_rows, row_end < last ? row_end : last, tile + from});
+        }
+        at += down * width, tile += down;
+      }
+      if (at >= end) return;
+    }
+  }
+};
 
 // The elements of a minibatch x that are not zero: images have large blank margins, and counts of genes or words are
 // zero nearly everywhere. A product with x then reads these alone: by rows, or, for x^T, by pairs of columns, which in
@@ -78,25 +123,26 @@ struct Gather {
   const Nonzeros* nonzeros;  // or null
 };
 
-// out = epilogue(in W + bias), of the panels from `logvar_panel` on epilogue(logvar_scale in W + bias). With bernoulli,
-// out[r, :] = scale (sigmoid(l) - x[r mod x_rows, :]) of the logits l, which is the gradient of -scale log p(x|z), and
-// log_likelihood[p] = sum_r log p(x|z) over the columns of panel p.
+// out = epilogue(in W + bias), of the columns from `logvar_column` on epilogue(logvar_scale in W + bias). With
+// bernoulli, out[r, :] = scale (sigmoid(l) - x[r mod x_rows, :]) of the logits l, which is the gradient of
+// -scale log p(x|z), and log_likelihood has log p(x|z) of each of its tiles.
 struct Forward {
   Epilogue epilogue;
   bool fast;
-  int64_t rows, inputs, outputs, panels;
+  int64_t rows, inputs, outputs;
   Matrix in;
   const Nonzeros* nonzeros;  // of `in`, or null
   const float* weight;
-  const float* bias;  // [panels * panel]
-  int64_t logvar_panel;
+  const float* bias;  // [whole panels of outputs]
+  int64_t logvar_column;
   float logvar_scale;
   Matrix out;
   Matrix x;
   int64_t x_rows;
   float scale;
-  double* log_likelihood;  // [panels]
+  double* log_likelihood;  // [tiles_of(this).tiles()]
 };
+TileLine tiles_of(const Forward& part);
 
 // In place of (mean, logvar): the gradients of -scale log N(x; mean, exp(logvar)), times that of the sigmoid if the
 // mean went through one; log_likelihood[r] its sum over a row. logvar starts `half` columns after mean; its gradient is
@@ -144,19 +190,20 @@ struct LatentBackward {
 struct InputGradient {
   Epilogue activation;  // none, tanh, relu or softplus
   bool fast;
-  int64_t rows, inputs, panels;
+  int64_t rows, inputs, outputs;
   Matrix grad_out;
   const float* weight;
   Matrix in, grad_in;
 };
+TileLine tiles_of(const InputGradient& part);
 
 // grad W = in^T grad_out, grad bias = sum_r grad_out, and the update of both. The gradients are never stored, but for
-// their sums over the rows so far where there are more than tile().depth rows. From `logvar_panel` on grad_out is
-// logvar_scale times the gradient in the bias.
+// their sums over the rows so far where there are more than tile().depth rows. From column `logvar_column` on grad_out
+// is logvar_scale times the gradient in the bias.
 struct WeightGradient {
-  int64_t rows, inputs, panels;
+  int64_t rows, inputs, outputs;
   Matrix in, grad_out;
-  int64_t logvar_panel;
+  int64_t logvar_column;
   float logvar_scale;
   const Nonzeros* nonzeros;  // of `in`, or null
   UpdateRule rule;
@@ -165,8 +212,10 @@ struct WeightGradient {
   float *weight, *bias;
   float *state[2], *bias_state[2];
   float* operand;  // fast: the weights rounded to bfloat16, which the products read; or null
-  float* sums;     // [panels * (round_up(inputs, panel) + tile().rows) * panel], or null for no more than so many rows
+  // [outputs in whole panels, round_up(inputs, panel) + tile().rows], or null for no more than tile().depth rows
+  float* sums;
 };
+TileLine tiles_of(const WeightGradient& part);  // of its weights: inputs down, outputs across
 
 // Adagrad on its own, for modules: one pass over parameters, their gradients and sums of squares
 struct AdagradUpdate {

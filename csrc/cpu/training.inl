@@ -55,8 +55,6 @@ VAE_FAST_INLINE uint32_t nonzero_of_eight(const float* x) {
 }
 
 VAE_FAST_INLINE void list_nonzeros(const Nonzeros& nonzeros, const float* x, int64_t r) {
-  typedef uint8_t Bytes __attribute__((vector_size(8)));
-  typedef int32_t Eight __attribute__((vector_size(32)));
   int32_t *const columns = nonzeros.of_row(r), *next = columns;
 #ifdef VAE_FAST_MASKS
   __m512i listed = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -66,6 +64,8 @@ VAE_FAST_INLINE void list_nonzeros(const Nonzeros& nonzeros, const float* x, int
     next += __builtin_popcount(found);
   }
 #else
+  typedef uint8_t Bytes __attribute__((vector_size(8)));
+  typedef int32_t Eight __attribute__((vector_size(32)));
   for (int64_t c = 0; c < nonzeros.cols; c += 8) {  // what fills a row of x up is zero
     const uint32_t found = nonzero_of_eight(x + c);
     Bytes lanes;
@@ -173,10 +173,7 @@ VAE_FAST_INLINE double bernoulli_epilogue(const Forward& a, const Tile& tile, in
   const int64_t rows = min(Tile::kRows, last - row);
   for (int j = 0; j < 2; ++j, column += kLanes) {
     const int64_t n = a.outputs - column;
-    if (n <= 0) {
-      for (int64_t i = 0; i < rows; ++i) from_floats(at(a.out, row + i, column), VF{});
-      continue;
-    }
+    if (n <= 0) break;
     const VF bias = to_floats(a.bias + column);
     for (int64_t i = 0; i < rows;) {
       BernoulliSum<VF> sum;
@@ -193,48 +190,55 @@ VAE_FAST_INLINE double bernoulli_epilogue(const Forward& a, const Tile& tile, in
   return total;
 }
 
-// The output of what a product gave for kLanes columns from `column` on
-VAE_FAST_INLINE VF activated(const Forward& a, VF product, int64_t column) {
-  const VF scale = in_every_lane(column < a.logvar_panel * kPanel ? 1 : a.logvar_scale);
-  const VF v = scale * product + to_floats(a.bias + column);
-  if (a.epilogue == Epilogue::tanh) return rounded(tanh_by_exponent(v), a.fast);
-  if (a.epilogue == Epilogue::relu) return rounded(relu(v), a.fast);
-  if (a.epilogue == Epilogue::softplus) return rounded(softplus(v), a.fast);
+// What the columns from `logvar_column` on are multiplied by, of kLanes columns
+VAE_FAST_INLINE VF scale_of_columns(int64_t column, int64_t logvar_column, float logvar_scale) {
+  VF scale = constant<VF>(1.0);
+  if (column + kLanes <= logvar_column) return scale;
+  for (int i = 0; i < kLanes; ++i) scale[i] = column + i < logvar_column ? 1 : logvar_scale;
+  return scale;
+}
+
+// The output of what a product gave
+VAE_FAST_INLINE VF activated(Epilogue epilogue, VF v, bool fast) {
+  if (epilogue == Epilogue::tanh) return rounded(tanh_by_exponent(v), fast);
+  if (epilogue == Epilogue::relu) return rounded(relu(v), fast);
+  if (epilogue == Epilogue::softplus) return rounded(softplus(v), fast);
   return v;
 }
 
-template <class Tile>
-VAE_FAST_INLINE void activation_epilogue(const Forward& a, const Tile& tile, int64_t row, int64_t last,
-                                         int64_t column) {
-  for (int64_t i = 0; i < rows_of<Tile>(row, last); ++i)
-    for (int j = 0; j < 2; ++j)
-      from_floats(at(a.out, row + i, column + j * kLanes), activated(a, tile.sum[i][j], column + j * kLanes));
+// The same of kLanes columns from `column` on, in rows `ld` apart
+VAE_FAST_INLINE void activate(const Forward& a, const float* product, int64_t ld, int64_t row, int64_t rows,
+                              int64_t column) {
+  const VF scale = scale_of_columns(column, a.logvar_column, a.logvar_scale), bias = to_floats(a.bias + column);
+  for (int64_t i = 0; i < rows; ++i)
+    from_floats(at(a.out, row + i, column), activated(a.epilogue, scale * to_floats(product + i * ld) + bias, a.fast));
 }
 
 template <class Product>
 void forward(const Forward& a, int64_t begin, int64_t end) {
+  using Tile = typename Product::Tile;
   Product product(a);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item / a.panels * kRowBlock, last = min(a.rows, first + kRowBlock);
-    const int64_t p = item % a.panels;
-    product.begin(first, last, p);
-    double log_likelihood = 0;
+  tiles_of(a).pieces(begin, end, [&](const TileLine::Piece& piece) {
+    const int64_t column = piece.panel * kPanel;
+    product.begin(piece);
     in_parts(a.inputs, Product::kDepth, 1, [&](int64_t k, int64_t depth) {
-      for (int64_t row = first; row < last; row += Product::Tile::kRows) {
-        typename Product::Tile tile;
-        k == 0 ? tile.zero() : tile.load(at(a.out, row, p * kPanel), a.out.ld);
+      for (int64_t row = piece.begin, i = piece.tile; row < piece.end; row += Tile::kRows, ++i) {
+        const int64_t rows = rows_of<Tile>(row, piece.last);
+        Tile tile;
+        k == 0 ? tile.zero() : tile.load(at(a.out, row, column), a.out.ld, rows);
         product.multiply(tile, row, k, depth);
         if (k + depth < a.inputs) {
-          tile.store(at(a.out, row, p * kPanel), a.out.ld);
+          tile.store(at(a.out, row, column), a.out.ld, rows);
         } else if (a.epilogue == Epilogue::bernoulli) {
-          log_likelihood += bernoulli_epilogue(a, tile, row, last, p * kPanel);
+          const double log_likelihood = bernoulli_epilogue(a, tile, row, piece.last, column);
+          if (a.log_likelihood) a.log_likelihood[i] = log_likelihood;
         } else {
-          activation_epilogue(a, tile, row, last, p * kPanel);
+          for (int64_t j = 0; j < piece.vectors; ++j)
+            activate(a, reinterpret_cast<const float*>(&tile.sum[0][j]), kPanel, row, rows, column + j * kLanes);
         }
       }
     });
-    if (a.log_likelihood) a.log_likelihood[item] = log_likelihood;
-  }
+  });
 }
 
 // body(min(n, kMost)), a constant
@@ -293,9 +297,8 @@ void forward_of_nonzeros(const Forward& a, int64_t first, int64_t last, int64_t 
   for (int64_t k = 0; k < a.inputs; k += kSparseDepth)
     multiply_listed<kPanels>(in, rows, next, static_cast<int32_t>(min(k + kSparseDepth, a.inputs)),
                              a.weight + p * panel, panel, out, k == 0);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < kPanels * kPanel; c += kLanes)
-      from_floats(at(out, r, c), activated(a, to_floats(at(out, r, c)), p * kPanel + c));
+  for (int64_t c = 0; c < kPanels * kPanel; c += kLanes)
+    activate(a, at(out, 0, c), out.ld, first, rows, p * kPanel + c);
 }
 
 void forward_of_nonzeros(const Forward& a, int64_t begin, int64_t end) {
@@ -303,7 +306,7 @@ void forward_of_nonzeros(const Forward& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item % blocks * kSparseRows, last = min(a.rows, first + kSparseRows);
     const int64_t p = item / blocks * kSparsePanels;
-    with_constant<kSparsePanels>(a.panels - p, [&](auto panels) { forward_of_nonzeros<panels>(a, first, last, p); });
+    with_constant<kSparsePanels>(round_up(a.outputs, kPanel) / kPanel - p, [&](auto panels) { forward_of_nonzeros<panels>(a, first, last, p); });
   }
 }
 
@@ -408,23 +411,22 @@ void run_part(const LatentBackward& a, int64_t begin, int64_t end) {
 
 template <class Product>
 void input_gradient(const InputGradient& a, int64_t begin, int64_t end) {
-  const int64_t in_panels = (a.inputs + kPanel - 1) / kPanel, outputs = a.panels * kPanel;
+  using Tile = typename Product::Tile;
   Product product(a);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item / in_panels * kRowBlock, last = min(a.rows, first + kRowBlock);
-    const int64_t column = item % in_panels * kPanel;
-    product.begin(first, last, column);
-    in_parts(outputs, Product::kDepth, kPanel, [&](int64_t n, int64_t depth) {
+  tiles_of(a).pieces(begin, end, [&](const TileLine::Piece& piece) {
+    const int64_t column = piece.panel * kPanel;
+    product.begin(piece);
+    in_parts(a.outputs, Product::kDepth, kPanel, [&](int64_t n, int64_t depth) {
       product.take_outputs(n, depth);
-      for (int64_t row = first; row < last; row += Product::Tile::kRows) {
-        const int64_t rows = rows_of<typename Product::Tile>(row, last);
+      for (int64_t row = piece.begin; row < piece.end; row += Tile::kRows) {
+        const int64_t rows = rows_of<Tile>(row, piece.last);
         float* to = at(a.grad_in, row, column);
-        typename Product::Tile tile;
+        Tile tile;
         n == 0 ? tile.zero() : tile.load(to, a.grad_in.ld, rows);
         product.multiply(tile, row, n, depth);
-        if (n + depth == outputs && a.activation != Epilogue::none) {
+        if (n + depth == a.outputs && a.activation != Epilogue::none) {
           for (int64_t i = 0; i < rows; ++i) {
-            for (int j = 0; j < 2; ++j) {
+            for (int64_t j = 0; j < piece.vectors; ++j) {
               const VF h = to_floats(at(a.in, row + i, column + j * kLanes));
               const VF slope = a.activation == Epilogue::tanh   ? tanh_derivative(h)
                                : a.activation == Epilogue::relu ? relu_derivative(h)
@@ -436,7 +438,7 @@ void input_gradient(const InputGradient& a, int64_t begin, int64_t end) {
         tile.store(to, a.grad_in.ld, rows);
       }
     });
-  }
+  });
 }
 
 void run_part(const InputGradient& a, int64_t begin, int64_t end) {
@@ -458,9 +460,11 @@ VAE_FAST_INLINE Place weights_at(const WeightGradient& a, int64_t at) {
   return {a.weight + at, plus(a.state[0], at), plus(a.state[1], at), plus(a.operand, at)};
 }
 
+VAE_FAST_INLINE bool decays(const UpdateRule& rule) { return rule.added_decay != 0 || rule.kept != 1; }
+
 // The optimizer on so many vectors of parameters. What it needs stays in registers: the rule is a copy, whose kind and
-// use are known.
-template <UpdateKind kKind, bool kOperand>
+// use are known. kDecays: with a prior, or one of the rule's decays
+template <UpdateKind kKind, bool kDecays, bool kOperand>
 VAE_FAST_INLINE void update(UpdateRule rule, const StepFactors factors, float prior, const VF* gradients, int64_t count,
                             const Place to) {
   constexpr int kStates = kKind == UpdateKind::adam ? 2 : kKind == UpdateKind::sgd ? 0 : 1;
@@ -470,7 +474,8 @@ VAE_FAST_INLINE void update(UpdateRule rule, const StepFactors factors, float pr
     VF w = to_floats(to.weight + at), s0{}, s1{};
     if constexpr (kStates > 0) s0 = to_floats(to.first + at);
     if constexpr (kStates > 1) s1 = to_floats(to.second + at);
-    vae_fast::update(rule, factors, Math<VF>::fma(in_every_lane(prior), w, gradients[i]), w, s0, s1);
+    const VF gradient = kDecays ? Math<VF>::fma(in_every_lane(prior), w, gradients[i]) : gradients[i];
+    vae_fast::update<kDecays>(rule, factors, gradient, w, s0, s1);
     from_floats(to.weight + at, w);
     if constexpr (kStates > 0) from_floats(to.first + at, s0);
     if constexpr (kStates > 1) from_floats(to.second + at, s1);
@@ -479,9 +484,12 @@ VAE_FAST_INLINE void update(UpdateRule rule, const StepFactors factors, float pr
 }
 
 VAE_FAST_INLINE void update(const WeightGradient& a, float prior, const VF* gradients, int64_t count, const Place& to) {
+  const auto with = [&](auto kind, auto decays) {
+    to.operand ? update<kind, decays, true>(a.rule, a.factors, prior, gradients, count, to)
+               : update<kind, decays, false>(a.rule, a.factors, prior, gradients, count, to);
+  };
   const auto with_kind = [&](auto kind) {
-    to.operand ? update<kind, true>(a.rule, a.factors, prior, gradients, count, to)
-               : update<kind, false>(a.rule, a.factors, prior, gradients, count, to);
+    decays(a.rule) || prior != 0 ? with(kind, std::true_type{}) : with(kind, std::false_type{});
   };
   switch (a.rule.kind) {
     case UpdateKind::sgd:
@@ -497,9 +505,7 @@ VAE_FAST_INLINE void update(const WeightGradient& a, float prior, const VF* grad
 
 // Whether a weight stays as it is where its gradient is zero
 VAE_FAST_INLINE bool stays_without_gradient(const WeightGradient& a) {
-  const UpdateRule& rule = a.rule;
-  return (rule.kind == UpdateKind::adagrad || rule.kind == UpdateKind::sgd) && rule.added_decay == 0 &&
-         rule.kept == 1 && a.prior == 0;
+  return (a.rule.kind == UpdateKind::adagrad || a.rule.kind == UpdateKind::sgd) && !decays(a.rule) && a.prior == 0;
 }
 
 // The sums over the rows so far of panel p: inputs down, the bias's last
@@ -517,8 +523,8 @@ VAE_FAST_INLINE void update_bias(const WeightGradient& a, int64_t p, const float
     for (int64_t i = 0; i < depth; ++i) sum[j] = sum[j] + to_floats(grad_out + i * ld + j * kLanes);
     if (row + depth < a.rows)
       from_floats(so_far + j * kLanes, sum[j]);
-    else if (p >= a.logvar_panel)
-      sum[j] = sum[j] / in_every_lane(a.logvar_scale);
+    else
+      sum[j] = sum[j] / scale_of_columns(p * kPanel + j * kLanes, a.logvar_column, a.logvar_scale);
   }
   const int64_t at = p * kPanel;
   if (row + depth == a.rows)
@@ -527,35 +533,37 @@ VAE_FAST_INLINE void update_bias(const WeightGradient& a, int64_t p, const float
 
 template <class Product>
 void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = Product::Tile::kRows;
+  using Tile = typename Product::Tile;
   const int64_t panel_rows = round_up(a.inputs, kPanel);
   alignas(64) float grad_out[kRowDepth * kPanel];  // a panel's columns of it, side by side
   Product product(a);
   in_parts(a.rows, kRowDepth, 1, [&](int64_t row, int64_t depth) {
     product.begin(row, depth);
-    for (int64_t p = begin; p < end; ++p) {
+    tiles_of(a).pieces(begin, end, [&](const TileLine::Piece& piece) {
+      const int64_t p = piece.panel;
       for (int64_t i = 0; i < depth; ++i)
         __builtin_memcpy(grad_out + i * kPanel, at(a.grad_out, row + i, p * kPanel), sizeof(float) * kPanel);
-      product.take_panel(grad_out, depth);
+      product.take_panel(grad_out, depth, piece.vectors);
       float* const sum = sums_of(a, p);
       const bool last = row + depth == a.rows;
-      for (int64_t k = 0; k < a.inputs; k += kRows) {
-        typename Product::Tile tile;
+      for (int64_t k = piece.begin; k < piece.end; k += Tile::kRows) {
+        Tile tile;
         row == 0 ? tile.zero() : tile.load(sum + k * kPanel, kPanel);
         if (last) {
           const int64_t at = (p * panel_rows + k) * kPanel;
           for (const float* what : {a.weight, a.state[0], a.state[1]})
-            if (what) prefetch(what + at, kRows * kPanel * 4);
+            if (what) prefetch(what + at, Tile::kRows * kPanel * 4);
         }
         product.multiply(tile, k, row, depth);
         if (!last) {
           tile.store(sum + k * kPanel, kPanel);
           continue;
         }
-        update(a, a.prior, tile.sum[0], 2 * min(kRows, a.inputs - k), weights_at(a, (p * panel_rows + k) * kPanel));
+        update(a, a.prior, tile.sum[0], 2 * min(Tile::kRows, a.inputs - k),
+               weights_at(a, (p * panel_rows + k) * kPanel));
       }
-      update_bias(a, p, grad_out, kPanel, row, depth);
-    }
+      if (piece.begin == 0) update_bias(a, p, grad_out, kPanel, row, depth);
+    });
   });
 }
 
@@ -656,7 +664,7 @@ void run_part(const Gather& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-TileShape tile_shape() { return {kTileRows, kPanel, kRowBlock, kRowDepth, kSparseRows, kSparsePanels}; }
+TileShape tile_shape() { return {kTileRows, kLanes, kPanel, kRowBlock, kRowDepth, kSparseRows, kSparsePanels}; }
 
 #define VAE_FAST_DEFINE(Part) \
   void run(const Part& part, int64_t begin, int64_t end) { run_part(part, begin, end); }

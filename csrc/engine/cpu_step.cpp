@@ -55,7 +55,7 @@ CpuStep::CpuStep(const Network& network, const Objective& objective, Precision p
   const auto add = [&](std::vector<int64_t> groups, Epilogue epilogue) {
     Layer layer;
     layer.inputs = inputs;
-    for (int64_t outputs : groups) layer.panels += (outputs + tile_.panel - 1) / tile_.panel;
+    for (int64_t outputs : groups) layer.outputs += outputs;
     layer.groups = std::move(groups);
     layer.epilogue = epilogue;
     inputs = layer.groups[0];
@@ -75,7 +75,7 @@ CpuStep::CpuStep(const Network& network, const Objective& objective, Precision p
 void CpuStep::exchange(const std::vector<Parameter>& parameters, const Optimizer& optimizer, bool import) {
   size_t parameter = 0;
   for (Layer& layer : layers_) {
-    const int64_t panel_rows = round_up(layer.inputs, tile_.panel), width = layer.panels * tile_.panel;
+    const int64_t panel_rows = round_up(layer.inputs, tile_.panel), width = round_up(layer.outputs, tile_.panel);
     const auto weights = static_cast<size_t>(panel_rows * width), biases = static_cast<size_t>(width);
     if (import) {
       layer.weight.at_least(weights), layer.bias.at_least(biases);
@@ -93,12 +93,13 @@ void CpuStep::exchange(const std::vector<Parameter>& parameters, const Optimizer
       for (int s = -1; s < optimizer.states(); ++s) {
         float* panels = s < 0 ? layer.weight.data() : layer.state[s].data();
         float* torch_weight = s < 0 ? weight.value : weight.state[s];
-        const int64_t count = (outputs + tile_.panel - 1) / tile_.panel, first = column / tile_.panel;
-        at::parallel_for(0, count, std::max<int64_t>(1, 4096 / layer.inputs), [&](int64_t begin, int64_t end) {
-          for (int64_t p = begin; p < end; ++p) {
-            float* ours = panels + (first + p) * panel_rows * tile_.panel;
-            float* theirs = torch_weight + p * tile_.panel * layer.inputs;
-            const int64_t across = std::min(tile_.panel, outputs - p * tile_.panel);
+        const int64_t first = column / tile_.panel, last = (column + outputs - 1) / tile_.panel;
+        at::parallel_for(first, last + 1, std::max<int64_t>(1, 4096 / layer.inputs), [&](int64_t begin, int64_t end) {
+          for (int64_t p = begin; p < end; ++p) {  // of panel p the columns of this group
+            const int64_t from = std::max(column, p * tile_.panel);
+            const int64_t across = std::min(column + outputs, (p + 1) * tile_.panel) - from;
+            float* ours = panels + p * panel_rows * tile_.panel + from % tile_.panel;
+            float* theirs = torch_weight + (from - column) * layer.inputs;
             for (int64_t k = 0; k < layer.inputs; ++k, ours += tile_.panel)
               for (int64_t n = 0; n < across; ++n) move(ours[n], theirs[n * layer.inputs + k]);
           }
@@ -107,7 +108,7 @@ void CpuStep::exchange(const std::vector<Parameter>& parameters, const Optimizer
         float* theirs = s < 0 ? bias.value : bias.state[s];
         for (int64_t n = 0; n < outputs; ++n) move(ours[n], theirs[n]);
       }
-      column += round_up(outputs, tile_.panel);
+      column += outputs;
     }
     if (import && fast_) {
       float* rounded = layer.operand.at_least(weights);
@@ -137,7 +138,7 @@ void CpuStep::reserve(int64_t batch) {
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = layers_[i];
-    const int64_t rows = i > heads_ ? decoded : batch, width = layer.panels * tile_.panel;
+    const int64_t rows = i > heads_ ? decoded : batch, width = round_up(layer.outputs, tile_.panel);
     layer.in = in;
     layer.out = matrix(layer.output, rows, width);
     const bool hidden = i != heads_ && i + 1 < layers_.size();
@@ -154,8 +155,9 @@ void CpuStep::reserve(int64_t batch) {
   }
   const int64_t widest = wake_sleep ? std::max(network_.latent_dim, network_.data_dim) : network_.latent_dim;
   eps_.at_least(static_cast<size_t>(decoded * widest));
-  const int64_t blocks = (decoded + tile_.block - 1) / tile_.block;
-  log_likelihood_.resize(static_cast<size_t>(std::max(decoded, blocks * layers_.back().panels)));
+  // of each row, or of each tile of the output
+  const int64_t tiles = (decoded / tile_.rows + decoded / tile_.block + 1) * (layers_.back().outputs / tile_.panel + 1);
+  log_likelihood_.resize(static_cast<size_t>(std::max(decoded, tiles)));
   kl_.resize(static_cast<size_t>(batch));
 }
 
@@ -173,16 +175,17 @@ void CpuStep::find_nonzeros(Matrix x, int64_t batch, bool by_rows) {
   nonzeros_ = &found_;
 }
 
-void CpuStep::forward(Layer& layer, Matrix in, int64_t rows, Epilogue epilogue, const Targets& targets) {
+int64_t CpuStep::forward(Layer& layer, Matrix in, int64_t rows, Epilogue epilogue, const Targets& targets) {
   cpu::Forward a{};
   a.epilogue = epilogue, a.fast = fast_;
-  a.rows = rows, a.inputs = layer.inputs, a.outputs = layer.groups[0], a.panels = layer.panels;
+  a.rows = rows, a.inputs = layer.inputs, a.outputs = layer.outputs;
   a.in = in, a.nonzeros = &layer == &layers_[0] ? nonzeros_ : nullptr;
   a.weight = operand(layer), a.bias = layer.bias.data(), a.out = layer.out;
-  a.logvar_panel = logvar_panel(layer), a.logvar_scale = network_.logvar_scale;
+  a.logvar_column = logvar_column(layer), a.logvar_scale = network_.logvar_scale;
   a.x = targets.x, a.x_rows = targets.rows, a.scale = targets.scale;
   a.log_likelihood = epilogue == Epilogue::bernoulli ? log_likelihood_.data() : nullptr;
   cpu::launch(a);
+  return cpu::tiles_of(a).tiles();
 }
 
 // (mu, logvar) of q(z|x)
@@ -191,26 +194,28 @@ void CpuStep::encode(Matrix x, int64_t batch) {
   for (size_t i = 0; i <= heads_; ++i) forward(layers_[i], layers_[i].in, batch, layers_[i].epilogue, {});
 }
 
-// The outputs of p(x|z); of a Bernoulli with targets the gradients of its logits instead
-void CpuStep::decode(Matrix z, int64_t rows, const Targets& targets) {
+// The outputs of p(x|z); of a Bernoulli with targets the gradients of its logits instead, and, returned, of how many
+// tiles the log-likelihoods
+int64_t CpuStep::decode(Matrix z, int64_t rows, const Targets& targets) {
+  int64_t tiles = 0;
   for (size_t i = heads_ + 1; i < layers_.size(); ++i) {
     const Epilogue epilogue = layers_[i].epilogue;
     const bool outputs_alone = epilogue == Epilogue::bernoulli && targets.rows == 0;
-    forward(layers_[i], i == heads_ + 1 ? z : layers_[i].in, rows, outputs_alone ? Epilogue::none : epilogue, targets);
+    tiles = forward(layers_[i], i == heads_ + 1 ? z : layers_[i].in, rows, outputs_alone ? Epilogue::none : epilogue,
+                    targets);
   }
+  return tiles;
 }
 
 // Decodes z, of `rows` rows, and turns the outputs into their gradients; returns the mean log-likelihood.
 double CpuStep::decode_and_compare(Matrix z, int64_t rows, int64_t batch) {
   const Layer& output = layers_.back();
   const Targets targets{exact_x_, batch, static_cast<float>(1.0 / static_cast<double>(rows))};
-  decode(z, rows, targets);
-  int64_t partial_sums = (rows + tile_.block - 1) / tile_.block * output.panels;
+  int64_t partial_sums = decode(z, rows, targets);
   if (network_.likelihood != Likelihood::bernoulli) {
     partial_sums = rows;
     cpu::launch(cpu::GaussianLoss{network_.likelihood == Likelihood::gaussian_sigmoid_mean, fast_, rows,
-                                  network_.data_dim, round_up(network_.data_dim, tile_.panel), batch, output.out,
-                                  exact_x_, targets.scale, 1.0f, log_likelihood_.data()});
+                                  network_.data_dim, network_.data_dim, batch, output.out, exact_x_, targets.scale, 1.0f, log_likelihood_.data()});
   }
   return sum(log_likelihood_, partial_sums) / static_cast<double>(rows);
 }
@@ -220,7 +225,7 @@ void CpuStep::input_gradient(size_t i, int64_t rows, Matrix grad_in) {
   const bool after_latent = i == heads_ + 1;
   const Layer& layer = layers_[i];
   cpu::launch(cpu::InputGradient{after_latent ? Epilogue::none : layers_[i - 1].epilogue, fast_, rows, layer.inputs,
-                                 layer.panels, layer.grad_out, operand(layer), layer.in, grad_in});
+                                 layer.outputs, layer.grad_out, operand(layer), layer.in, grad_in});
 }
 
 void CpuStep::update(int64_t batch, int64_t decoded, const Optimizer& optimizer, int64_t number) {
@@ -232,10 +237,10 @@ void CpuStep::update(int64_t batch, int64_t decoded, const Optimizer& optimizer,
     Layer& layer = layers_[i];
     updates_.push_back({i > heads_ ? decoded : batch,
                         layer.inputs,
-                        layer.panels,
+                        layer.outputs,
                         layer.in,
                         layer.grad_out,
-                        logvar_panel(layer),
+                        logvar_column(layer),
                         network_.logvar_scale,
                         i == 0 ? nonzeros_ : nullptr,
                         rule,
@@ -256,7 +261,6 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
   const int64_t samples = objective_.num_samples, decoded = batch * samples, latent = network_.latent_dim;
   const bool wake_sleep = objective_.estimator == Estimator::wake_sleep;
   const bool estimated = wake_sleep || objective_.estimator == Estimator::sgvb_a;
-  const int64_t half = round_up(latent, tile_.panel);
   const Layer& heads = layers_[heads_];
   const Matrix in = fast_ ? matrix(x_operand_, batch_, network_.data_dim) : exact_x_, z = layers_[heads_ + 1].in;
 
@@ -267,7 +271,7 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
   encode(in, batch);
   cpu::launch(PhiloxNormal{DType::f32, decoded * latent, &seeds[0], eps_.data()});
   cpu::launch(
-      cpu::LatentForward{estimated, fast_, batch, latent, half, samples, heads.out, eps_.data(), z, kl_.data()});
+      cpu::LatentForward{estimated, fast_, batch, latent, latent, samples, heads.out, eps_.data(), z, kl_.data()});
   const double kl = sum(kl_, batch) / static_cast<double>(batch);
 
   double log_likelihood;
@@ -278,14 +282,14 @@ Terms CpuStep::step(const Data& data, const int64_t* rows, int64_t batch, const 
     find_nonzeros(dreamed_x_, batch, true);
     encode(dreamed_x_, batch);
     // log q(z'|x') goes to kl_, which has been summed; nobody asks for it.
-    cpu::launch(cpu::GaussianLoss{false, fast_, batch, latent, half, batch, heads.out, dreamed_z_,
+    cpu::launch(cpu::GaussianLoss{false, fast_, batch, latent, latent, batch, heads.out, dreamed_z_,
                                   1.0f / static_cast<float>(batch), network_.logvar_scale, kl_.data()});
   } else {
     const Matrix grad_z = matrix(grad_z_, batch_ * samples, latent);
     log_likelihood = decode_and_compare(z, decoded, batch);
     for (size_t i = layers_.size(); i-- > heads_ + 1;)
       input_gradient(i, decoded, i == heads_ + 1 ? grad_z : layers_[i - 1].grad_out);
-    cpu::launch(cpu::LatentBackward{estimated, fast_, batch, latent, half, samples, heads.out, eps_.data(), z, grad_z,
+    cpu::launch(cpu::LatentBackward{estimated, fast_, batch, latent, latent, samples, heads.out, eps_.data(), z, grad_z,
                                     objective_.beta / static_cast<float>(batch), network_.logvar_scale});
   }
   for (size_t i = heads_; i > 0; --i) input_gradient(i, batch, layers_[i - 1].grad_out);
@@ -304,7 +308,7 @@ void CpuStep::dream(int64_t batch, int64_t seed) {
   decode(dreamed_z_, batch, {});
   if (network_.likelihood != Likelihood::bernoulli)
     cpu::launch(PhiloxNormal{DType::f32, batch * data_dim, &of_x, eps_.data()});
-  cpu::launch(cpu::Dream{network_.likelihood, batch, data_dim, round_up(data_dim, tile_.panel), of_x,
+  cpu::launch(cpu::Dream{network_.likelihood, batch, data_dim, data_dim, of_x,
                          layers_.back().out, eps_.data(), dreamed_x_});
 }
 

@@ -57,7 +57,7 @@ class CpuStep {
   struct Layer {
     int64_t inputs;
     std::vector<int64_t> groups;  // outputs of each
-    int64_t panels = 0;
+    int64_t outputs = 0;          // of all, side by side
     cpu::Epilogue epilogue;
     Buffer weight, bias, state[2], bias_state[2], operand, sums, output, gradient;
     cpu::Matrix in{}, out{}, grad_out{};
@@ -74,17 +74,17 @@ class CpuStep {
   void reserve(int64_t batch);
   cpu::Matrix matrix(Buffer& buffer, int64_t rows, int64_t columns) const;
   const float* operand(const Layer& layer) const { return fast_ ? layer.operand.data() : layer.weight.data(); }
-  // The first panel of the encoder's logvar, in its layer; behind all panels in every other
-  int64_t logvar_panel(const Layer& layer) const {
-    return &layer == &layers_[heads_] ? layer.panels / 2 : layer.panels;
+  // The first column of the encoder's logvar, in its layer; behind all columns in every other
+  int64_t logvar_column(const Layer& layer) const {
+    return &layer == &layers_[heads_] ? network_.latent_dim : layer.outputs + tile_.panel;
   }
 
   Terms step(const Data& data, const int64_t* rows, int64_t batch, const int64_t* seeds, const Optimizer& optimizer,
              int64_t update_number);
   void find_nonzeros(cpu::Matrix x, int64_t batch, bool by_rows);
-  void forward(Layer& layer, cpu::Matrix in, int64_t rows, cpu::Epilogue epilogue, const Targets& targets);
+  int64_t forward(Layer& layer, cpu::Matrix in, int64_t rows, cpu::Epilogue epilogue, const Targets& targets);
   void encode(cpu::Matrix x, int64_t batch);
-  void decode(cpu::Matrix z, int64_t rows, const Targets& targets);
+  int64_t decode(cpu::Matrix z, int64_t rows, const Targets& targets);
   double decode_and_compare(cpu::Matrix z, int64_t rows, int64_t batch);
   void dream(int64_t batch, int64_t seed);
   void input_gradient(size_t i, int64_t rows, cpu::Matrix grad_in);

@@ -39,11 +39,14 @@ VAE_FAST_INLINE StepFactors step_factors(UpdateKind kind, double lr, double beta
   return {static_cast<float>(lr / (1.0 - ::pow(beta1, power))), static_cast<float>(::sqrt(1.0 - ::pow(beta2, power)))};
 }
 
-template <class V>
+// kDecays: whether the rule's decays may be other than none
+template <bool kDecays = true, class V>
 VAE_FAST_INLINE void update(const UpdateRule& rule, const StepFactors& factors, V g, V& w, V& s0, V& s1) {
   using M = Math<V>;
-  w = w * rule.kept;
-  g = M::fma(w, V{} + rule.added_decay, g);
+  if constexpr (kDecays) {
+    w = w * rule.kept;
+    g = M::fma(w, V{} + rule.added_decay, g);
+  }
   if (rule.kind == UpdateKind::adagrad) {
     s0 = M::fma(g, g, s0);
     w = w - factors.step_size * g * M::inverse_sqrt(s0 + rule.eps);

@@ -81,12 +81,14 @@ int main(int argc, char** argv) {
     if (lists) time_of("lists of nonzeros", 0, find);
     cpu::Forward forward{};
     forward.epilogue = cpu::Epilogue::tanh;
-    forward.rows = batch, forward.inputs = inputs, forward.outputs = outputs, forward.panels = panels;
+    forward.rows = batch, forward.inputs = inputs, forward.outputs = outputs;
+    forward.logvar_column = width;
     forward.in = x, forward.weight = weight, forward.bias = bias, forward.out = {out, out_ld};
     forward.nonzeros = lists ? &nonzeros : nullptr;
     time_of(lists ? "forward, tanh, zeros left out" : "forward, tanh", flops, [&] { cpu::launch(forward); });
     cpu::WeightGradient update{};
-    update.rows = batch, update.inputs = inputs, update.panels = panels;
+    update.rows = batch, update.inputs = inputs, update.outputs = outputs;
+    update.logvar_column = width;
     update.in = x, update.grad_out = {grad, out_ld}, update.nonzeros = lists ? &nonzeros : nullptr;
     update.rule.kind = UpdateKind::adagrad, update.rule.eps = 1e-8f, update.rule.kept = 1;
     update.factors = {1e-9f, 1};
@@ -94,7 +96,7 @@ int main(int argc, char** argv) {
     update.state[0] = state, update.bias_state[0] = bias_state, update.sums = sums;
     time_of(lists ? "update, Adagrad, zeros left out" : "update, Adagrad", flops, [&] { cpu::launch(&update, 1); });
   }
-  const cpu::InputGradient gradient{cpu::Epilogue::tanh, false,  batch,       inputs,          panels,
+  const cpu::InputGradient gradient{cpu::Epilogue::tanh, false,  batch,       inputs,          outputs,
                                     {grad, out_ld},      weight, {in, in_ld}, {grad_in, in_ld}};
   time_of("input gradient, tanh", flops, [&] { cpu::launch(gradient); });
 }
