@@ -288,9 +288,7 @@ struct AmxWeightGradient {
       turn(left_of(k), blocks * kParts);
     }
   }
-  void take_panel(const float* grad_out, int64_t depth, int64_t) {
-    pack_right<kParts>(grad_out, kPanel, depth, right);
-  }
+  void take_panel(const float* grad_out, int64_t depth, int64_t) { pack_right<kParts>(grad_out, kPanel, depth, right); }
   uint32_t* left_of(int64_t k) const { return left + k / kAmxRows * blocks * kParts * kAmxBlock; }
   void multiply(Tile& tile, int64_t k, int64_t row, int64_t) {
     amx_multiply<kParts>(left_of(k), right, blocks, reinterpret_cast<float*>(tile.sum), row == 0);

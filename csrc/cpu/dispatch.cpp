@@ -206,6 +206,10 @@ void launch(const Forward& a) {
   const TileLine tiles = tiles_of(a);
   share(a, tiles.length(), panel_cost(tiles.tile_rows, a.inputs) / 2);
 }
+void launch(const Exchange& a) {
+  const int64_t lanes = tile().lanes, first = a.column / lanes;
+  share(a, TileLine::parts(a.column + a.outputs, lanes) - first, a.inputs * lanes);
+}
 void launch(const AdagradUpdate& a) { share(a, a.count, 1); }
 void launch(const GaussianLoss& a) { share(a, a.rows, 4 * a.cols); }
 void launch(const Dream& a) { share(a, a.rows, 8 * a.cols); }
@@ -222,9 +226,7 @@ void launch(const WeightGradient* parts, int count) {
   const auto run = runner<WeightGradient>();
   // An update is counted as so many rows of the product.
   constexpr int64_t kUpdateRows = 16;
-  const auto items = [](const WeightGradient& a) {
-    return a.nonzeros ? panels_of(a.outputs) : tiles_of(a).length();
-  };
+  const auto items = [](const WeightGradient& a) { return a.nonzeros ? panels_of(a.outputs) : tiles_of(a).length(); };
   const auto cost = [](const WeightGradient& a) {  // of an item
     // A matrix unit takes half the time of vectors for a row in three parts, an eighth in one (predicted).
     const int64_t faster = !on_matrix_unit(a.operand, a.rows) ? 1 : a.operand ? 8 : 2;

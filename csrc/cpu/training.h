@@ -24,7 +24,7 @@ enum class Epilogue : int8_t { none, tanh, relu, softplus, bernoulli };
 
 struct TileShape {
   int64_t rows, lanes, panel;  // lanes: of a vector; two of them are a panel
-  int64_t block;  // a product's rows are cut into so many at a time
+  int64_t block;               // a product's rows are cut into so many at a time
   int64_t depth;
   int64_t sparse_rows, sparse_panels;  // of a product that reads lists of nonzeros
 };
@@ -226,6 +226,13 @@ struct AdagradUpdate {
   float *parameter, *sum;
 };
 
+// Between panels and torch's order, [outputs, inputs]: of what lies in panels the columns from `column` on.
+struct Exchange {
+  bool import;  // into panels
+  int64_t inputs, outputs, column;
+  float *panels, *torch;
+};
+
 #define VAE_FAST_FOR_EACH_PART(DO) \
   DO(Gather)                       \
   DO(NonzerosOfRows)               \
@@ -237,7 +244,8 @@ struct AdagradUpdate {
   DO(LatentBackward)               \
   DO(InputGradient)                \
   DO(WeightGradient)               \
-  DO(AdagradUpdate)
+  DO(AdagradUpdate)                \
+  DO(Exchange)
 
 // Shared among torch's threads.
 #define VAE_FAST_DECLARE(Part) void launch(const Part& part);

@@ -116,7 +116,8 @@ constexpr int64_t kPairsAtOnce = 8;
 VAE_FAST_INLINE int list_pairs(const float* x, int64_t first, int32_t* listed) {
   const __m512i magnitudes = _mm512_set1_epi32(0x7FFFFFFF);
   const __mmask8 found = _mm512_test_epi64_mask(_mm512_loadu_si512(x), magnitudes);
-  const __m256i all = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  const __m256i all =
+      _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(listed), _mm256_maskz_compress_epi32(found, all));
   return __builtin_popcount(found);
 }
@@ -306,7 +307,8 @@ void forward_of_nonzeros(const Forward& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item % blocks * kSparseRows, last = min(a.rows, first + kSparseRows);
     const int64_t p = item / blocks * kSparsePanels;
-    with_constant<kSparsePanels>(round_up(a.outputs, kPanel) / kPanel - p, [&](auto panels) { forward_of_nonzeros<panels>(a, first, last, p); });
+    with_constant<kSparsePanels>(round_up(a.outputs, kPanel) / kPanel - p,
+                                 [&](auto panels) { forward_of_nonzeros<panels>(a, first, last, p); });
   }
 }
 
@@ -654,6 +656,27 @@ void run_part(const AdagradUpdate& a, int64_t begin, int64_t end) {
     M::store(parameter + i, w, n);
     M::store(sum + i, s, n);
   });
+}
+
+// Of vectors of columns, counted from the one that has the first column
+void run_part(const Exchange& a, int64_t begin, int64_t end) {
+  const int64_t panel = round_up(a.inputs, kPanel) * kPanel, before = a.column / kLanes;
+  for (int64_t v = before + begin; v < before + end; ++v) {
+    const int64_t from = v == before ? a.column : v * kLanes, to = min(a.column + a.outputs, (v + 1) * kLanes);
+    float* const ours = a.panels + v / 2 * panel + v % 2 * kLanes + from % kLanes;  // an input's stand kPanel apart
+    float* const theirs = a.torch + (from - a.column) * a.inputs;
+    int64_t k = 0;
+    for (; to - from == kLanes && k + kLanes <= a.inputs; k += kLanes) {
+      a.import ? transpose(theirs + k, a.inputs, ours + k * kPanel, kPanel)
+               : transpose(ours + k * kPanel, kPanel, theirs + k, a.inputs);
+    }
+    for (; k < a.inputs; ++k) {
+      for (int64_t n = 0; n < to - from; ++n) {
+        float &one = ours[k * kPanel + n], &other = theirs[n * a.inputs + k];
+        a.import ? one = other : other = one;
+      }
+    }
+  }
 }
 
 void run_part(const Gather& a, int64_t begin, int64_t end) {

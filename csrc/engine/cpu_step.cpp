@@ -73,43 +73,31 @@ CpuStep::CpuStep(const Network& network, const Objective& objective, Precision p
 
 // Between torch's order of a weight, [outputs, inputs], and panels of outputs
 void CpuStep::exchange(const std::vector<Parameter>& parameters, const Optimizer& optimizer, bool import) {
-  size_t parameter = 0;
+  size_t first = 0;  // of a layer's parameters
   for (Layer& layer : layers_) {
     const int64_t panel_rows = round_up(layer.inputs, tile_.panel), width = round_up(layer.outputs, tile_.panel);
     const auto weights = static_cast<size_t>(panel_rows * width), biases = static_cast<size_t>(width);
-    if (import) {
-      layer.weight.at_least(weights), layer.bias.at_least(biases);
-      layer.weight.clear(), layer.bias.clear();
-      for (int s = 0; s < optimizer.states(); ++s) {
-        layer.state[s].at_least(weights), layer.bias_state[s].at_least(biases);
-        layer.state[s].clear(), layer.bias_state[s].clear();
+    for (int s = -1; s < optimizer.states(); ++s) {
+      Buffer& ours = s < 0 ? layer.weight : layer.state[s];
+      Buffer& our_biases = s < 0 ? layer.bias : layer.bias_state[s];
+      if (import) {  // What fills the last panel up may be NaN, after training that went wrong.
+        float* const panel = ours.at_least(weights) + panel_rows * (width - tile_.panel);
+        const int64_t rest = width - layer.outputs;
+        for (int64_t k = 0; k < panel_rows; ++k) std::fill_n(panel + (k + 1) * tile_.panel - rest, rest, 0.0f);
+        std::fill_n(our_biases.at_least(biases) + layer.outputs, rest, 0.0f);
+      }
+      int64_t column = 0;
+      for (size_t g = 0; g < layer.groups.size(); ++g) {
+        const int64_t outputs = layer.groups[g];
+        const Parameter &weight = parameters[first + 2 * g], &bias = parameters[first + 2 * g + 1];
+        cpu::launch(
+            cpu::Exchange{import, layer.inputs, outputs, column, ours.data(), s < 0 ? weight.value : weight.state[s]});
+        float *const panels = our_biases.data() + column, *const theirs = s < 0 ? bias.value : bias.state[s];
+        import ? std::copy_n(theirs, outputs, panels) : std::copy_n(panels, outputs, theirs);
+        column += outputs;
       }
     }
-    const auto move = [&](float& ours, float& theirs) { import ? ours = theirs : theirs = ours; };
-    int64_t column = 0;
-    for (const int64_t outputs : layer.groups) {
-      const Parameter &weight = parameters[parameter], &bias = parameters[parameter + 1];
-      parameter += 2;
-      for (int s = -1; s < optimizer.states(); ++s) {
-        float* panels = s < 0 ? layer.weight.data() : layer.state[s].data();
-        float* torch_weight = s < 0 ? weight.value : weight.state[s];
-        const int64_t first = column / tile_.panel, last = (column + outputs - 1) / tile_.panel;
-        at::parallel_for(first, last + 1, std::max<int64_t>(1, 4096 / layer.inputs), [&](int64_t begin, int64_t end) {
-          for (int64_t p = begin; p < end; ++p) {  // of panel p the columns of this group
-            const int64_t from = std::max(column, p * tile_.panel);
-            const int64_t across = std::min(column + outputs, (p + 1) * tile_.panel) - from;
-            float* ours = panels + p * panel_rows * tile_.panel + from % tile_.panel;
-            float* theirs = torch_weight + (from - column) * layer.inputs;
-            for (int64_t k = 0; k < layer.inputs; ++k, ours += tile_.panel)
-              for (int64_t n = 0; n < across; ++n) move(ours[n], theirs[n * layer.inputs + k]);
-          }
-        });
-        float* ours = (s < 0 ? layer.bias.data() : layer.bias_state[s].data()) + column;
-        float* theirs = s < 0 ? bias.value : bias.state[s];
-        for (int64_t n = 0; n < outputs; ++n) move(ours[n], theirs[n]);
-      }
-      column += outputs;
-    }
+    first += 2 * layer.groups.size();
     if (import && fast_) {
       float* rounded = layer.operand.at_least(weights);
       for (size_t i = 0; i < weights; ++i) rounded[i] = to_bfloat16(layer.weight.data()[i]);
@@ -215,7 +203,8 @@ double CpuStep::decode_and_compare(Matrix z, int64_t rows, int64_t batch) {
   if (network_.likelihood != Likelihood::bernoulli) {
     partial_sums = rows;
     cpu::launch(cpu::GaussianLoss{network_.likelihood == Likelihood::gaussian_sigmoid_mean, fast_, rows,
-                                  network_.data_dim, network_.data_dim, batch, output.out, exact_x_, targets.scale, 1.0f, log_likelihood_.data()});
+                                  network_.data_dim, network_.data_dim, batch, output.out, exact_x_, targets.scale,
+                                  1.0f, log_likelihood_.data()});
   }
   return sum(log_likelihood_, partial_sums) / static_cast<double>(rows);
 }
@@ -308,8 +297,8 @@ void CpuStep::dream(int64_t batch, int64_t seed) {
   decode(dreamed_z_, batch, {});
   if (network_.likelihood != Likelihood::bernoulli)
     cpu::launch(PhiloxNormal{DType::f32, batch * data_dim, &of_x, eps_.data()});
-  cpu::launch(cpu::Dream{network_.likelihood, batch, data_dim, data_dim, of_x,
-                         layers_.back().out, eps_.data(), dreamed_x_});
+  cpu::launch(
+      cpu::Dream{network_.likelihood, batch, data_dim, data_dim, of_x, layers_.back().out, eps_.data(), dreamed_x_});
 }
 
 void CpuStep::run(const std::vector<Parameter>& parameters, const Optimizer& optimizer, const Data& data,
