@@ -220,40 +220,21 @@ void launch(const InputGradient& a) {
   share(a, tiles.length(), panel_cost(tiles.tile_rows, a.outputs) / 2);
 }
 
-// All tiles of all layers' weights stand in one line, which is cut into a piece of equal cost for each thread. Of a
-// layer with lists they are whole panels.
+// A thread takes its share of every layer: the same tiles in every step, and those of the forward product, whose weights
+// are then in the caches of its core. Of a layer with lists the items are panels.
 void launch(const WeightGradient* parts, int count) {
   const auto run = runner<WeightGradient>();
-  // An update is counted as so many rows of the product.
-  constexpr int64_t kUpdateRows = 16;
-  const auto items = [](const WeightGradient& a) { return a.nonzeros ? panels_of(a.outputs) : tiles_of(a).length(); };
-  const auto cost = [](const WeightGradient& a) {  // of an item
-    // A matrix unit takes half the time of vectors for a row in three parts, an eighth in one (predicted).
-    const int64_t faster = !on_matrix_unit(a.operand, a.rows) ? 1 : a.operand ? 8 : 2;
-    if (!a.nonzeros) return 1 + panel_cost(a.rows / faster + kUpdateRows, tiles_of(a).tile_rows) / 2;
-    int64_t terms = 0, pairs = 0;
-    for (int64_t p = 0; p < a.nonzeros->column_pairs(); ++p) {
-      terms += a.nonzeros->per_pair[p];
-      pairs += a.nonzeros->per_pair[p] > 0;
-    }
-    return 1 + panel_cost(2, terms + pairs * kUpdateRows);
+  const auto items = [](const WeightGradient& a) {
+    return a.nonzeros ? panels_of(a.outputs) : tiles_of(a).length();
   };
-  int64_t sizes[64], costs[64], total = 0;
-  TORCH_INTERNAL_ASSERT(count <= 64);
-  for (int i = 0; i < count; ++i) total += (sizes[i] = items(parts[i])) * (costs[i] = cost(parts[i]));
+  int64_t total = 0;
+  for (int i = 0; i < count; ++i) total += panel_cost(parts[i].rows, parts[i].inputs) * panels_of(parts[i].outputs);
   const int64_t threads =
       at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), 1 + total / (4 * 8192));
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    const int64_t from = total * first / threads, to = total * last / threads;
-    int64_t before = 0;
     for (int i = 0; i < count; ++i) {
-      // An item belongs to the thread in whose piece it begins.
-      const auto items_before = [&](int64_t place) {
-        return std::clamp<int64_t>(place <= before ? 0 : TileLine::parts(place - before, costs[i]), 0, sizes[i]);
-      };
-      const int64_t begin = items_before(from), end = items_before(to);
+      const int64_t size = items(parts[i]), begin = size * first / threads, end = size * last / threads;
       if (begin < end) run(parts[i], begin, end);
-      before += sizes[i] * costs[i];
     }
   });
 }
