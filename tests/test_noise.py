@@ -90,7 +90,7 @@ def test_cpu_and_cuda_agree_to_two_units_in_the_last_place():
     assert ((cpu - cuda).abs() / ulp).max() <= 2
 
 
-@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set_gives_the_same_noise(capability, tmp_path):
     code = (
         "import torch, sys, vae_fast as vf\n"

@@ -44,7 +44,7 @@ def build_info() -> dict[str, object]:
 
     Keys: ``version``; ``torch`` and ``torch_built_with``; ``cuda`` (whether CUDA kernels are in this build),
     ``cuda_archs``, ``nvcc``, ``why_no_cuda``; ``cpu_capability``, the instruction set in use ("amx",
-    "avx512", "avx2" or "plain"); ``compiler``.
+    "avx512_bf16", "avx512", "avx2" or "plain"); ``compiler``.
     """
     from importlib.metadata import PackageNotFoundError, version
 

@@ -179,6 +179,8 @@ class NativeEngine(AutogradEngine):
             return f"float32 on {_C.cpu_capability()}"
         if on_matrix_unit:
             return "bfloat16 products through AMX"
+        if _C.cpu_capability() == "avx512_bf16":
+            return "bfloat16 products, in pairs"
         return "bfloat16 products, emulated in float32: no faster than 'exact' on this processor"
 
     def run(self, n_steps: int) -> Tensor:

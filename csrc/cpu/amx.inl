@@ -1,4 +1,5 @@
-// The tiles of matmul.inl from a matrix unit (AMX: TILE, BF16). Included by the file of AVX-512, after matmul.inl.
+// The tiles of matmul.inl from a matrix unit: AMX's (TILE, BF16), or, for `fast`, AVX512_BF16's products of pairs.
+// Included by the file of AVX-512, after matmul.inl.
 //
 // The unit multiplies bfloat16 numbers and adds in float. Operands of `fast` are such numbers already. A float of
 // `exact` from 2^-103 to 3.39e38 is the sum of three, high + middle + low, of 8 significant bits each (below, less is
@@ -34,9 +35,11 @@ constexpr int64_t kAmxBlocksAtOnce = 16;        // of a sum, before they are add
 
 VAE_FAST_INLINE int64_t amx_blocks(int64_t terms) { return (terms + kAmxTerms - 1) / kAmxTerms; }
 
-// Eight tiles of 16 rows of 64 bytes, for this thread, as long as this lives
+// Eight tiles of 16 rows of 64 bytes, for this thread, as long as this lives, where there is AMX
 struct AmxTiles {
+  const bool there = matrix_unit() == MatrixUnit::tiles;
   AmxTiles() {
+    if (!there) return;
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -47,7 +50,9 @@ struct AmxTiles {
     _tile_loadconfig(&config);
     asm volatile("" ::: "memory");
   }
-  ~AmxTiles() { _tile_release(); }
+  ~AmxTiles() {
+    if (there) _tile_release();
+  }
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
 };
@@ -70,9 +75,47 @@ VAE_FAST_INLINE void multiply_loaded() {
   if constexpr (kDown == 2 && kAcross == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
-// c[16 kDown][16 kAcross], in rows of kPanel, = left right over so many blocks of terms
+// sum + a b of the pairs in each lane. Source: the same, VDPBF16PS.
+VAE_FAST_INLINE VF add_pairs(VF sum, VU a, VU b) {
+#ifdef VAE_FAST_EMULATE_AVX512
+  const VF first = (VF)(a << 16) * (VF)(b << 16);
+  return sum + (first + (VF)(a & 0xFFFF0000u) * (VF)(b & 0xFFFF0000u));
+#else
+  return (VF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+}
+
+// What amx_multiply_at_once does, in vectors. Rows at a time: their sums and the right operand fill the registers.
+template <int kDown, int kAcross>
+__attribute__((noinline)) void multiply_pairs(const uint32_t* left, const uint32_t* right, int64_t terms, float* c) {
+  constexpr int kRows = 8;
+  for (int64_t first = 0; first < 16 * kDown; first += kRows) {
+    VF sum[kRows][kAcross] = {};
+    for (int64_t block = 0; block < amx_blocks(terms); ++block) {
+      const uint32_t* const from = left + block * kAmxBlock + first * 16;
+      const uint32_t* const across = right + block * kAmxBlock;
+      for (int64_t pair = 0; pair < min(16, terms - block * kAmxTerms); ++pair) {
+        VU b[kAcross];
+        for (int j = 0; j < kAcross; ++j) __builtin_memcpy(&b[j], across + j * kAmxHalf + pair * 16, sizeof b[j]);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          const VU a = VU{} + from[i * 16 + pair];
+#pragma GCC unroll 2
+          for (int j = 0; j < kAcross; ++j) sum[i][j] = add_pairs(sum[i][j], a, b[j]);
+        }
+      }
+    }
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kAcross; ++j) from_floats(c + (first + i) * kPanel + j * kLanes, sum[i][j]);
+  }
+}
+
+// c[16 kDown][16 kAcross], in rows of kPanel, = left right over so many terms
 template <int kParts, int kDown, int kAcross>
-VAE_FAST_INLINE void amx_multiply_at_once(const uint32_t* left, const uint32_t* right, int64_t blocks, float* c) {
+VAE_FAST_INLINE void amx_multiply_at_once(const uint32_t* left, const uint32_t* right, int64_t terms, float* c) {
+  if constexpr (kParts == kFastParts) {
+    if (matrix_unit() == MatrixUnit::pairs) return multiply_pairs<kDown, kAcross>(left, right, terms, c);
+  }
   constexpr int64_t kStride = kPanel * sizeof(float);
   _tile_zero(0);
   _tile_zero(1);
@@ -80,6 +123,7 @@ VAE_FAST_INLINE void amx_multiply_at_once(const uint32_t* left, const uint32_t* 
   _tile_zero(3);
   asm volatile("" ::: "memory");  // the compiler does not know that a tile is read from memory, or written to it
   constexpr int64_t kMiddle = kAmxBlock, kLow = 2 * kAmxBlock;
+  const int64_t blocks = amx_blocks(terms);
   for (int64_t i = 0; i < blocks; ++i, left += kParts * kAmxBlock, right += kParts * kAmxBlock) {
     load_left<kDown>(left);
     if constexpr (kParts == kExactParts) {  // in an order where each product needs one new operand
@@ -106,14 +150,14 @@ VAE_FAST_INLINE void amx_multiply_at_once(const uint32_t* left, const uint32_t* 
   asm volatile("" ::: "memory");
 }
 
-// The same, or, unless `first`, +=, of any number of blocks. The rest of c[32][kPanel] stays as it is.
+// The same, or, unless `first`, +=, of any number of terms. The rest of c[32][kPanel] stays as it is.
 template <int kParts, int kDown = 2, int kAcross = 2>
-void amx_multiply(const uint32_t* left, const uint32_t* right, int64_t blocks, float* c, bool first) {
-  for (int64_t i = 0; i < blocks; i += kAmxBlocksAtOnce, first = false) {
+void amx_multiply(const uint32_t* left, const uint32_t* right, int64_t terms, float* c, bool first) {
+  constexpr int64_t kTerms = kAmxBlocksAtOnce * kAmxTerms;
+  for (int64_t k = 0; k < terms; k += kTerms, first = false) {
     alignas(64) float some[kAmxRows * kPanel];
-    const int64_t at = i * kParts * kAmxBlock;
-    amx_multiply_at_once<kParts, kDown, kAcross>(left + at, right + at, min(kAmxBlocksAtOnce, blocks - i),
-                                                 first ? c : some);
+    const int64_t at = k / kAmxTerms * kParts * kAmxBlock;
+    amx_multiply_at_once<kParts, kDown, kAcross>(left + at, right + at, min(kTerms, terms - k), first ? c : some);
     if (first) continue;
     for (int64_t row = 0; row < 16 * kDown; ++row)
       for (int64_t j = row * kPanel; j < row * kPanel + 16 * kAcross; j += kLanes)
@@ -220,9 +264,9 @@ struct AmxForward {
   void multiply(Tile& tile, int64_t row, int64_t, int64_t) {
     float* const c = reinterpret_cast<float*>(tile.sum);
     if (rows_of<Tile>(row, last) > kAmxRows / 2)
-      amx_multiply<kParts>(left_of(row), right, blocks, c, true);
+      amx_multiply<kParts>(left_of(row), right, a.inputs, c, true);
     else
-      amx_multiply<kParts, 1>(left_of(row), right, blocks, c, true);
+      amx_multiply<kParts, 1>(left_of(row), right, a.inputs, c, true);
   }
 };
 
@@ -260,9 +304,9 @@ struct AmxInputGradient {
     alignas(64) float turned[kAmxRows * kPanel];
     const int64_t rows = rows_of<Tile>(row, last) > kAmxRows / 2 ? kAmxRows : kAmxRows / 2;
     if (rows == kAmxRows)
-      amx_multiply<kParts>(left, right_of(row), panels, turned, true);
+      amx_multiply<kParts>(left, right_of(row), a.outputs, turned, true);
     else
-      amx_multiply<kParts, 2, 1>(left, right_of(row), panels, turned, true);
+      amx_multiply<kParts, 2, 1>(left, right_of(row), a.outputs, turned, true);
     for (int64_t down = 0; down < rows; down += 16)
       for (int64_t across = 0; across < kPanel; across += 16)
         transpose(turned + across * kPanel + down, kPanel, reinterpret_cast<float*>(tile.sum) + down * kPanel + across,
@@ -290,8 +334,8 @@ struct AmxWeightGradient {
   }
   void take_panel(const float* grad_out, int64_t depth, int64_t) { pack_right<kParts>(grad_out, kPanel, depth, right); }
   uint32_t* left_of(int64_t k) const { return left + k / kAmxRows * blocks * kParts * kAmxBlock; }
-  void multiply(Tile& tile, int64_t k, int64_t row, int64_t) {
-    amx_multiply<kParts>(left_of(k), right, blocks, reinterpret_cast<float*>(tile.sum), row == 0);
+  void multiply(Tile& tile, int64_t k, int64_t row, int64_t depth) {
+    amx_multiply<kParts>(left_of(k), right, depth, reinterpret_cast<float*>(tile.sum), row == 0);
   }
 };
 

@@ -18,7 +18,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 #include "../tests/avx512_emulation.h"
 #else
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
 #endif
 
 #define VAE_FAST_CAPABILITY avx512

@@ -41,7 +41,7 @@ VAE_FAST_DECLARE_ALL
 
 namespace {
 
-enum class Capability { plain, avx2, avx512, amx };  // amx: the kernels of avx512, some of which use it
+enum class Capability { plain, avx2, avx512, avx512_bf16, amx };  // the last two: avx512's kernels, some of which use it
 
 #if VAE_FAST_X86_BUILDS
 // Whether the processor has AMX's tiles and bfloat16 products, and Linux lets this process use them: it must be asked.
@@ -71,7 +71,8 @@ Capability best_capability() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #endif
-  if (avx512) return has_amx() ? Capability::amx : Capability::avx512;
+  if (avx512 && has_amx()) return Capability::amx;
+  if (avx512) return __builtin_cpu_supports("avx512bf16") ? Capability::avx512_bf16 : Capability::avx512;
   return avx2 ? Capability::avx2 : Capability::plain;
 #else
   return Capability::plain;
@@ -84,14 +85,15 @@ Capability chosen_capability() {
   const char* asked = std::getenv("VAE_FAST_CPU_CAPABILITY");
   if (!asked || !*asked) return best;
   const std::string name(asked);
-  const Capability wanted = name == "amx"      ? Capability::amx
-                            : name == "avx512" ? Capability::avx512
-                            : name == "avx2"   ? Capability::avx2
-                                               : Capability::plain;
+  const Capability wanted = name == "amx"           ? Capability::amx
+                            : name == "avx512_bf16" ? Capability::avx512_bf16
+                            : name == "avx512"      ? Capability::avx512
+                            : name == "avx2"        ? Capability::avx2
+                                                    : Capability::plain;
   if ((wanted == Capability::plain && name != "plain") || wanted > best)
     throw std::runtime_error(
         "VAE_FAST_CPU_CAPABILITY: got \"" + name +
-        "\", wanted \"plain\", \"avx2\", \"avx512\" or \"amx\", and one that this processor and build have");
+        "\", wanted \"plain\", \"avx2\", \"avx512\", \"avx512_bf16\" or \"amx\", and one that this processor and build have");
   return wanted;
 }
 
@@ -124,6 +126,8 @@ const char* capability() {
   switch (current()) {
     case Capability::amx:
       return "amx";
+    case Capability::avx512_bf16:
+      return "avx512_bf16";
     case Capability::avx512:
       return "avx512";
     case Capability::avx2:
@@ -154,11 +158,15 @@ VAE_FAST_SHARE_ELEMENTS(BernoulliBackward)
 
 void launch(const PhiloxNormal& a) { share(a, a.count, 1); }
 
-bool matrix_unit() { return current() == Capability::amx; }
+MatrixUnit matrix_unit() {
+  return current() == Capability::amx           ? MatrixUnit::tiles
+         : current() == Capability::avx512_bf16 ? MatrixUnit::pairs
+                                                : MatrixUnit::none;
+}
 
 bool on_matrix_unit(bool fast, int64_t rows) {
   constexpr int64_t kExactRows = 32;  // splitting weights in three pays from some 23 rows on (predicted)
-  return matrix_unit() && (fast || rows >= kExactRows);
+  return fast ? matrix_unit() != MatrixUnit::none : matrix_unit() == MatrixUnit::tiles && rows >= kExactRows;
 }
 
 TileShape tile() {

@@ -29,7 +29,8 @@ struct TileShape {
   int64_t sparse_rows, sparse_panels;  // of a product that reads lists of nonzeros
 };
 TileShape tile();                              // of the instruction set in use
-bool matrix_unit();                            // whether there is one for products of bfloat16 numbers, AMX's
+enum class MatrixUnit { none, pairs, tiles };  // of bfloat16 products: AVX512_BF16's, of pairs, or AMX's, of tiles
+MatrixUnit matrix_unit();
 bool on_matrix_unit(bool fast, int64_t rows);  // whether a product of so many rows goes there
 
 // The tiles of a product in one line, for threads to share: block of rows after block, in each panel after panel, in

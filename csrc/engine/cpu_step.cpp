@@ -48,7 +48,7 @@ CpuStep::CpuStep(const Network& network, const Objective& objective, Precision p
     : network_(network),
       objective_(objective),
       fast_(precision == Precision::fast),
-      leaves_zeros_out_(!fast_ || !cpu::matrix_unit()),
+      leaves_zeros_out_(!fast_ || cpu::matrix_unit() != cpu::MatrixUnit::tiles),
       tile_(cpu::tile()) {
   const Epilogue hidden = hidden_epilogue(network.activation);
   int64_t inputs = network.data_dim;

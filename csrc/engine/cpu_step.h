@@ -93,7 +93,7 @@ class CpuStep {
   Network network_;
   Objective objective_;
   bool fast_;
-  bool leaves_zeros_out_;  // where it can; `fast` on a matrix unit has no use for it
+  bool leaves_zeros_out_;  // where it can; `fast` through AMX has no use for it
   cpu::TileShape tile_;
   std::vector<Layer> layers_;  // the encoder's hidden ones, the heads, the decoder's hidden ones, the outputs
   size_t heads_;               // which one that is
