@@ -41,7 +41,13 @@ VAE_FAST_DECLARE_ALL
 
 namespace {
 
-enum class Capability { plain, avx2, avx512, avx512_bf16, amx };  // the last two: avx512's kernels, some of which use it
+enum class Capability {
+  plain,
+  avx2,
+  avx512,
+  avx512_bf16,
+  amx
+};  // the last two: avx512's kernels, some of which use it
 
 #if VAE_FAST_X86_BUILDS
 // Whether the processor has AMX's tiles and bfloat16 products, and Linux lets this process use them: it must be asked.
@@ -91,9 +97,9 @@ Capability chosen_capability() {
                             : name == "avx2"        ? Capability::avx2
                                                     : Capability::plain;
   if ((wanted == Capability::plain && name != "plain") || wanted > best)
-    throw std::runtime_error(
-        "VAE_FAST_CPU_CAPABILITY: got \"" + name +
-        "\", wanted \"plain\", \"avx2\", \"avx512\", \"avx512_bf16\" or \"amx\", and one that this processor and build have");
+    throw std::runtime_error("VAE_FAST_CPU_CAPABILITY: got \"" + name +
+                             "\", wanted \"plain\", \"avx2\", \"avx512\", \"avx512_bf16\" or \"amx\", and one that "
+                             "this processor and build have");
   return wanted;
 }
 
@@ -228,13 +234,11 @@ void launch(const InputGradient& a) {
   share(a, tiles.length(), panel_cost(tiles.tile_rows, a.outputs) / 2);
 }
 
-// A thread takes its share of every layer: the same tiles in every step, and those of the forward product, whose weights
-// are then in the caches of its core. Of a layer with lists the items are panels.
+// A thread takes its share of every layer: the same tiles in every step, and those of the forward product, whose
+// weights are then in the caches of its core. Of a layer with lists the items are panels.
 void launch(const WeightGradient* parts, int count) {
   const auto run = runner<WeightGradient>();
-  const auto items = [](const WeightGradient& a) {
-    return a.nonzeros ? panels_of(a.outputs) : tiles_of(a).length();
-  };
+  const auto items = [](const WeightGradient& a) { return a.nonzeros ? panels_of(a.outputs) : tiles_of(a).length(); };
   int64_t total = 0;
   for (int i = 0; i < count; ++i) total += panel_cost(parts[i].rows, parts[i].inputs) * panels_of(parts[i].outputs);
   const int64_t threads =
