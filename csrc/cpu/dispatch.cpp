@@ -188,28 +188,29 @@ namespace {
 // What a product of so many rows and inputs costs in one panel, in elements of an operator
 int64_t panel_cost(int64_t rows, int64_t inputs) { return rows * inputs * tile().panel / 64; }
 int64_t panels_of(int64_t columns) { return TileLine::parts(columns, tile().panel); }
-constexpr int64_t kMatrixUnitRows = 32;  // of a tile
+
+TileLine tile_line(int64_t rows, int64_t block, int64_t columns, bool matrix_unit) {
+  constexpr int64_t kMatrixUnitRows = 32;  // kAmxRows of amx.inl
+  return {rows, block, matrix_unit ? kMatrixUnitRows : tile().rows, TileLine::parts(columns, tile().lanes)};
+}
 
 }  // namespace
 
 TileLine tiles_of(const Forward& a) {
-  return {a.rows, tile().block, on_matrix_unit(a.fast, a.rows) ? kMatrixUnitRows : tile().rows,
-          TileLine::parts(a.outputs, tile().lanes)};
+  return tile_line(a.rows, tile().block, a.outputs, on_matrix_unit(a.fast, a.rows));
 }
 TileLine tiles_of(const InputGradient& a) {
-  return {a.rows, tile().block, on_matrix_unit(a.fast, a.rows) ? kMatrixUnitRows : tile().rows,
-          TileLine::parts(a.inputs, tile().lanes)};
+  return tile_line(a.rows, tile().block, a.inputs, on_matrix_unit(a.fast, a.rows));
 }
 TileLine tiles_of(const WeightGradient& a) {
-  return {a.inputs, a.inputs, on_matrix_unit(a.operand, a.rows) ? kMatrixUnitRows : tile().rows,
-          TileLine::parts(a.outputs, tile().lanes)};
+  return tile_line(a.inputs, a.inputs, a.outputs, on_matrix_unit(a.operand, a.rows));
 }
 
 void launch(const Gather& a) { share(a, a.batch, a.dynamic ? 8 * a.cols : a.cols); }
 void launch(const NonzerosOfRows& a) { share(a, a.nonzeros.rows, a.nonzeros.cols); }
 void launch(const NonzerosOfColumns& a) {
   constexpr int64_t kPairs = NonzerosOfColumns::kPairs;
-  share(a, (a.nonzeros.column_pairs() + kPairs - 1) / kPairs, kPairs * a.nonzeros.rows);
+  share(a, TileLine::parts(a.nonzeros.column_pairs(), kPairs), kPairs * a.nonzeros.rows);
 }
 void launch(const Forward& a) {
   if (a.nonzeros) {
