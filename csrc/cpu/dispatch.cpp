@@ -67,6 +67,16 @@ bool has_amx() {
 }
 #endif
 
+bool has_bfloat16_pairs() {
+#if defined(VAE_FAST_EMULATE_AVX512)
+  return true;
+#elif VAE_FAST_X86_BUILDS
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 Capability best_capability() {
 #if VAE_FAST_X86_BUILDS
   __builtin_cpu_init();
@@ -78,7 +88,7 @@ Capability best_capability() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #endif
   if (avx512 && has_amx()) return Capability::amx;
-  if (avx512) return __builtin_cpu_supports("avx512bf16") ? Capability::avx512_bf16 : Capability::avx512;
+  if (avx512) return has_bfloat16_pairs() ? Capability::avx512_bf16 : Capability::avx512;
   return avx2 ? Capability::avx2 : Capability::plain;
 #else
   return Capability::plain;
@@ -96,7 +106,8 @@ Capability chosen_capability() {
                             : name == "avx512"      ? Capability::avx512
                             : name == "avx2"        ? Capability::avx2
                                                     : Capability::plain;
-  if ((wanted == Capability::plain && name != "plain") || wanted > best)
+  const bool without_pairs = wanted == Capability::avx512_bf16 && !has_bfloat16_pairs();
+  if ((wanted == Capability::plain && name != "plain") || wanted > best || without_pairs)
     throw std::runtime_error("VAE_FAST_CPU_CAPABILITY: got \"" + name +
                              "\", wanted \"plain\", \"avx2\", \"avx512\", \"avx512_bf16\" or \"amx\", and one that "
                              "this processor and build have");

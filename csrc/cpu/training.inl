@@ -174,7 +174,10 @@ VAE_FAST_INLINE double bernoulli_epilogue(const Forward& a, const Tile& tile, in
   const int64_t rows = min(Tile::kRows, last - row);
   for (int j = 0; j < 2; ++j, column += kLanes) {
     const int64_t n = a.outputs - column;
-    if (n <= 0) break;
+    if (n <= 0) {
+      for (int64_t i = 0; i < rows; ++i) from_floats(at(a.out, row + i, column), VF{});
+      continue;
+    }
     const VF bias = to_floats(a.bias + column);
     for (int64_t i = 0; i < rows;) {
       BernoulliSum<VF> sum;
@@ -234,7 +237,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
           const double log_likelihood = bernoulli_epilogue(a, tile, row, piece.last, column);
           if (a.log_likelihood) a.log_likelihood[i] = log_likelihood;
         } else {
-          for (int64_t j = 0; j < piece.vectors; ++j)
+          for (int64_t j = 0; j < 2; ++j)  // also of a half that was left out: a matrix unit reads it
             activate(a, reinterpret_cast<const float*>(&tile.sum[0][j]), kPanel, row, rows, column + j * kLanes);
         }
       }

@@ -77,7 +77,6 @@ int main(int argc, char** argv) {
       cpu::launch(cpu::NonzerosOfRows{nonzeros, x});
       cpu::launch(cpu::NonzerosOfColumns{nonzeros, x});
     };
-    find();
     if (lists) time_of("lists of nonzeros", 0, find);
     cpu::Forward forward{};
     forward.epilogue = cpu::Epilogue::tanh;
