@@ -106,7 +106,7 @@ void adagrad_update(const std::vector<at::Tensor>& parameters, const std::vector
 
 PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &cpu::capability,
-        "The instruction set of the CPU kernels in use: \"amx\", \"avx512\", \"avx2\" or \"plain\".");
+        "The instruction set of the CPU kernels in use: \"amx\", \"avx512_bf16\", \"avx512\", \"avx2\" or \"plain\".");
 
   m.def("adagrad_update", &adagrad_update, py::arg("parameters"), py::arg("grads"), py::arg("sums"), py::arg("step"),
         py::kw_only(), py::arg("lr"), py::arg("eps"), py::arg("accumulate_steps"),

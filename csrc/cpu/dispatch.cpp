@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -41,13 +42,9 @@ VAE_FAST_DECLARE_ALL
 
 namespace {
 
-enum class Capability {
-  plain,
-  avx2,
-  avx512,
-  avx512_bf16,
-  amx
-};  // the last two: avx512's kernels, some of which use it
+// In the order of preference; the last two are the kernels of avx512, some of which use more.
+enum class Capability { plain, avx2, avx512, avx512_bf16, amx };
+constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if VAE_FAST_X86_BUILDS
 // Whether the processor has AMX's tiles and bfloat16 products, and Linux lets this process use them: it must be asked.
@@ -67,51 +64,42 @@ bool has_amx() {
 }
 #endif
 
-bool has_bfloat16_pairs() {
-#if defined(VAE_FAST_EMULATE_AVX512)
-  return true;
-#elif VAE_FAST_X86_BUILDS
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
-Capability best_capability() {
+// Whether this processor and build have it
+bool has(Capability wanted) {
 #if VAE_FAST_X86_BUILDS
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #ifdef VAE_FAST_EMULATE_AVX512
-  const bool avx512 = avx2;
+  const bool avx512 = true, pairs = true;
 #else
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool pairs = __builtin_cpu_supports("avx512bf16");
 #endif
-  if (avx512 && has_amx()) return Capability::amx;
-  if (avx512) return has_bfloat16_pairs() ? Capability::avx512_bf16 : Capability::avx512;
-  return avx2 ? Capability::avx2 : Capability::plain;
-#else
-  return Capability::plain;
+  switch (wanted) {
+    case Capability::plain:
+      return true;
+    case Capability::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Capability::avx512:
+      return has(Capability::avx2) && avx512;
+    case Capability::avx512_bf16:
+      return has(Capability::avx512) && pairs;
+    case Capability::amx:
+      return has(Capability::avx512) && has_amx();
+  }
 #endif
+  return wanted == Capability::plain;
 }
 
 // VAE_FAST_CPU_CAPABILITY asks for a lesser instruction set than the processor has, for tests and comparisons.
 Capability chosen_capability() {
-  const Capability best = best_capability();
   const char* asked = std::getenv("VAE_FAST_CPU_CAPABILITY");
-  if (!asked || !*asked) return best;
-  const std::string name(asked);
-  const Capability wanted = name == "amx"           ? Capability::amx
-                            : name == "avx512_bf16" ? Capability::avx512_bf16
-                            : name == "avx512"      ? Capability::avx512
-                            : name == "avx2"        ? Capability::avx2
-                                                    : Capability::plain;
-  const bool without_pairs = wanted == Capability::avx512_bf16 && !has_bfloat16_pairs();
-  if ((wanted == Capability::plain && name != "plain") || wanted > best || without_pairs)
-    throw std::runtime_error("VAE_FAST_CPU_CAPABILITY: got \"" + name +
-                             "\", wanted \"plain\", \"avx2\", \"avx512\", \"avx512_bf16\" or \"amx\", and one that "
-                             "this processor and build have");
-  return wanted;
+  const std::string name(asked ? asked : "");
+  for (int i = static_cast<int>(std::size(kNames)) - 1; i >= 0; --i)
+    if ((name.empty() || name == kNames[i]) && has(static_cast<Capability>(i))) return static_cast<Capability>(i);
+  throw std::runtime_error("VAE_FAST_CPU_CAPABILITY: got \"" + name +
+                           "\", wanted \"plain\", \"avx2\", \"avx512\", \"avx512_bf16\" or \"amx\", and one that "
+                           "this processor and build have");
 }
 
 Capability current() {
@@ -139,20 +127,7 @@ void share(const Args& args, int64_t items, int64_t item_size) {
 
 }  // namespace
 
-const char* capability() {
-  switch (current()) {
-    case Capability::amx:
-      return "amx";
-    case Capability::avx512_bf16:
-      return "avx512_bf16";
-    case Capability::avx512:
-      return "avx512";
-    case Capability::avx2:
-      return "avx2";
-    default:
-      return "plain";
-  }
-}
+const char* capability() { return kNames[static_cast<int>(current())]; }
 
 #define VAE_FAST_SHARE_ROWS(Args) \
   void launch(const Args& a) { share(a, a.rows, a.cols); }
@@ -217,6 +192,17 @@ TileLine tiles_of(const WeightGradient& a) {
   return tile_line(a.inputs, a.inputs, a.outputs, on_matrix_unit(a.operand, a.rows));
 }
 
+namespace {
+
+// The tiles of a product, each element a sum of so many terms
+template <class Product>
+void share_tiles(const Product& a, int64_t terms) {
+  const TileLine tiles = tiles_of(a);
+  share(a, tiles.length(), panel_cost(tiles.tile_rows, terms) / 2);
+}
+
+}  // namespace
+
 void launch(const Gather& a) { share(a, a.batch, a.dynamic ? 8 * a.cols : a.cols); }
 void launch(const NonzerosOfRows& a) { share(a, a.nonzeros.rows, a.nonzeros.cols); }
 void launch(const NonzerosOfColumns& a) {
@@ -229,8 +215,7 @@ void launch(const Forward& a) {
     const int64_t groups = TileLine::parts(panels_of(a.outputs), tile().sparse_panels);
     return share(a, row_blocks * groups, panel_cost(a.rows, a.inputs));
   }
-  const TileLine tiles = tiles_of(a);
-  share(a, tiles.length(), panel_cost(tiles.tile_rows, a.inputs) / 2);
+  share_tiles(a, a.inputs);
 }
 void launch(const Exchange& a) {
   const int64_t lanes = tile().lanes, first = a.column / lanes;
@@ -241,10 +226,7 @@ void launch(const GaussianLoss& a) { share(a, a.rows, 4 * a.cols); }
 void launch(const Dream& a) { share(a, a.rows, 8 * a.cols); }
 void launch(const LatentForward& a) { share(a, a.batch, 2 * a.samples * a.latent); }
 void launch(const LatentBackward& a) { share(a, a.batch, 2 * a.samples * a.latent); }
-void launch(const InputGradient& a) {
-  const TileLine tiles = tiles_of(a);
-  share(a, tiles.length(), panel_cost(tiles.tile_rows, a.outputs) / 2);
-}
+void launch(const InputGradient& a) { share_tiles(a, a.outputs); }
 
 // A thread takes its share of every layer: the same tiles in every step, and those of the forward product, whose
 // weights are then in the caches of its core. Of a layer with lists the items are panels.
