@@ -143,9 +143,7 @@ void CpuStep::reserve(int64_t batch) {
   }
   const int64_t widest = wake_sleep ? std::max(network_.latent_dim, network_.data_dim) : network_.latent_dim;
   eps_.at_least(static_cast<size_t>(decoded * widest));
-  // of each row, or of each tile of the output
-  const int64_t tiles = (decoded / tile_.rows + decoded / tile_.block + 1) * (layers_.back().outputs / tile_.panel + 1);
-  log_likelihood_.resize(static_cast<size_t>(std::max(decoded, tiles)));
+  log_likelihood_.resize(static_cast<size_t>(decoded));
   kl_.resize(static_cast<size_t>(batch));
 }
 
@@ -171,9 +169,13 @@ int64_t CpuStep::forward(Layer& layer, Matrix in, int64_t rows, Epilogue epilogu
   a.weight = operand(layer), a.bias = layer.bias.data(), a.out = layer.out;
   a.logvar_column = logvar_column(layer), a.logvar_scale = network_.logvar_scale;
   a.x = targets.x, a.x_rows = targets.rows, a.scale = targets.scale;
-  a.log_likelihood = epilogue == Epilogue::bernoulli ? log_likelihood_.data() : nullptr;
+  const int64_t tiles = cpu::tiles_of(a).tiles();
+  if (epilogue == Epilogue::bernoulli) {
+    log_likelihood_.resize(std::max(log_likelihood_.size(), static_cast<size_t>(tiles)));
+    a.log_likelihood = log_likelihood_.data();
+  }
   cpu::launch(a);
-  return cpu::tiles_of(a).tiles();
+  return tiles;
 }
 
 // (mu, logvar) of q(z|x)
