@@ -172,15 +172,13 @@ class NativeEngine(AutogradEngine):
                 "three TF32 products for one of float32" if self.precision == "exact" else "one product"
             )
             return f"many steps to a graph, {products}"
-        on_matrix_unit = _C.cpu_capability() == "amx"
+        capability = _C.cpu_capability()
         if self.precision == "exact":
-            if on_matrix_unit:
+            if capability == "amx":
                 return "float32, products of 32 rows and more through AMX in three bfloat16 parts"
-            return f"float32 on {_C.cpu_capability()}"
-        if on_matrix_unit:
-            return "bfloat16 products through AMX"
-        if _C.cpu_capability() == "avx512_bf16":
-            return "bfloat16 products, in pairs"
+            return f"float32 on {capability}"
+        if capability in ("amx", "avx512_bf16"):
+            return f"bfloat16 products through {capability.upper()}"
         return "bfloat16 products, emulated in float32: no faster than 'exact' on this processor"
 
     def run(self, n_steps: int) -> Tensor:
