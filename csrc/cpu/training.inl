@@ -58,7 +58,7 @@ VAE_FAST_INLINE void list_nonzeros(const Nonzeros& nonzeros, const float* x, int
   int32_t *const columns = nonzeros.of_row(r), *next = columns;
 #ifdef VAE_FAST_MASKS
   __m512i listed = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int64_t c = 0; c < nonzeros.cols; c += kLanes, listed = _mm512_add_epi32(listed, _mm512_set1_epi32(16))) {
+  for (int64_t c = 0; c < nonzeros.cols; c += kLanes, listed = _mm512_add_epi32(listed, _mm512_set1_epi32(kLanes))) {
     const __mmask16 found = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + c), __m512{}, _CMP_NEQ_UQ);
     _mm512_storeu_si512(next, _mm512_maskz_compress_epi32(found, listed));
     next += __builtin_popcount(found);
@@ -202,7 +202,6 @@ VAE_FAST_INLINE VF scale_of_columns(int64_t column, int64_t logvar_column, float
   return scale;
 }
 
-// The output of what a product gave
 VAE_FAST_INLINE VF activated(Epilogue epilogue, VF v, bool fast) {
   if (epilogue == Epilogue::tanh) return rounded(tanh_by_exponent(v), fast);
   if (epilogue == Epilogue::relu) return rounded(relu(v), fast);
@@ -210,7 +209,7 @@ VAE_FAST_INLINE VF activated(Epilogue epilogue, VF v, bool fast) {
   return v;
 }
 
-// The same of kLanes columns from `column` on, in rows `ld` apart
+// The outputs of a product's kLanes columns from `column` on, which lie in rows `ld` apart
 VAE_FAST_INLINE void activate(const Forward& a, const float* product, int64_t ld, int64_t row, int64_t rows,
                               int64_t column) {
   const VF scale = scale_of_columns(column, a.logvar_column, a.logvar_scale), bias = to_floats(a.bias + column);
