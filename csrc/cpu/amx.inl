@@ -10,7 +10,8 @@
 // into blocks of 32 terms, one for each part of the numbers, which have the shape that the instruction reads:
 //   left    [32 rows][16 pairs of terms]       a pair is two bfloat16 in 32 bits, of terms 16 apart, the first below
 //   right   [2 halves][16 pairs][16 columns]
-// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2: TDPBF16PS.
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2: TDPBF16PS,
+// VDPBF16PS.
 #pragma once
 
 #include "matmul.inl"
@@ -75,16 +76,6 @@ VAE_FAST_INLINE void multiply_loaded() {
   if constexpr (kDown == 2 && kAcross == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
-// sum + a b of the pairs in each lane. Source: the same, VDPBF16PS.
-VAE_FAST_INLINE VF add_pairs(VF sum, VU a, VU b) {
-#ifdef VAE_FAST_EMULATE_AVX512
-  const VF first = (VF)(a << 16) * (VF)(b << 16);
-  return sum + (first + (VF)(a & 0xFFFF0000u) * (VF)(b & 0xFFFF0000u));
-#else
-  return (VF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#endif
-}
-
 // What amx_multiply_at_once does, in vectors. Rows at a time: their sums and the right operand fill the registers.
 template <int kDown, int kAcross>
 __attribute__((noinline)) void multiply_pairs(const uint32_t* left, const uint32_t* right, int64_t terms, float* c) {
@@ -101,7 +92,8 @@ __attribute__((noinline)) void multiply_pairs(const uint32_t* left, const uint32
         for (int i = 0; i < kRows; ++i) {
           const VU a = VU{} + from[i * 16 + pair];
 #pragma GCC unroll 2
-          for (int j = 0; j < kAcross; ++j) sum[i][j] = add_pairs(sum[i][j], a, b[j]);
+          for (int j = 0; j < kAcross; ++j)
+            sum[i][j] = (VF)_mm512_dpbf16_ps((__m512)sum[i][j], (__m512bh)a, (__m512bh)b[j]);
         }
       }
     }

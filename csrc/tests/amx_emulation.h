@@ -1,5 +1,6 @@
-// What csrc/cpu/amx.inl uses of AMX, element by element, for processors that have none: see avx512_emulation.h. Source:
-// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: TILELOADD, TDPBF16PS, TILESTORED.
+// What csrc/cpu/amx.inl uses of AMX and AVX512_BF16, element by element, for processors that have neither: see
+// avx512_emulation.h. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: TILELOADD,
+// TDPBF16PS, TILESTORED, VDPBF16PS.
 #pragma once
 
 #include <cmath>
@@ -69,9 +70,23 @@ inline void multiply_add(int c, int a, int b) {
   }
 }
 
+// sum + a b of the pairs in each lane, the upper number's product first
+__attribute__((always_inline)) inline __m512 add_pairs(__m512 sum, __m512bh a, __m512bh b) {
+  uint32_t left[16], right[16];
+  std::memcpy(left, &a, sizeof left), std::memcpy(right, &b, sizeof right);
+  for (int i = 0; i < 16; ++i) {
+    const float upper =
+        std::fma(flushed(as_float(left[i] & 0xFFFF0000u)), flushed(as_float(right[i] & 0xFFFF0000u)), flushed(sum[i]));
+    sum[i] = flushed(std::fma(flushed(as_float(left[i] << 16)), flushed(as_float(right[i] << 16)), flushed(upper)));
+  }
+  return sum;
+}
+
 }  // namespace amx_emulation
 }  // namespace vae_fast
 
+#undef _mm512_dpbf16_ps
+#define _mm512_dpbf16_ps vae_fast::amx_emulation::add_pairs
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_zero
