@@ -330,21 +330,22 @@ def test_the_state_goes_from_one_engine_to_another() -> None:
         torch.testing.assert_close(second.run(4).double(), wanted[4:], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("zeros", [0.8, 0.5])
+# With 0.74 some minibatches go through lists and some do not, where there is AMX.
+@pytest.mark.parametrize("zeros", [0.8, 0.74, 0.5])
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
 def test_numbers_that_are_not_finite_do_not_outlive_the_parameters(optimizer: str, zeros: float) -> None:
     """Nor where memory is filled up to whole vectors, which a matrix unit reads."""
     how: dict[str, Any] = {"data": pixels(zeros=zeros), "hidden_dims": [40, 19], "optimizer": optimizer}
-    _, _, engine = train("native", steps=2, lr=1e-3, **how)
+    _, _, engine = train("native", steps=3, lr=1e-3, **how)
     start = engine.snapshot()
     wanted = engine.run(5)
     after = engine.snapshot().tensors
     with torch.no_grad():
         for parameter in engine._program.model.parameters():
             parameter.fill_(torch.inf)
-    assert not engine.run(2).isfinite().all()
+    assert not engine.run(6).isfinite().all()
     engine.restore(start)
-    engine.next_step = 2
+    engine.next_step = 3
     assert torch.equal(engine.run(5), wanted)
     for name, value in engine.snapshot().tensors.items():
         assert torch.equal(value, after[name])
