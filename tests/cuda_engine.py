@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = ROOT / "csrc" / "engine" / "cuda"
 EMULATION = ROOT / "tests" / "cuda_emulation"
-SOURCES = (ENGINE / "layers.cu", ENGINE / "update.cu", ENGINE / "schedule.cpp", EMULATION / "engine.cpp")
+SOURCES = (
+    *(ENGINE / name for name in ("layers.cu", "update.cu", "persistent.cu", "schedule.cpp")),
+    EMULATION / "engine.cpp",
+)
 FLAGS = (
     "-std=c++20",
     "-w",
@@ -69,6 +72,7 @@ def compile_engine(build: Path) -> ctypes.CDLL:
     loaded.engine_create.restype = ctypes.c_void_p
     loaded.engine_buffer.restype = ctypes.c_char_p
     loaded.engine_launches_per_step.restype = ctypes.c_int64
+    loaded.engine_is_persistent.restype = ctypes.c_int64
     return loaded
 
 
@@ -90,6 +94,7 @@ class Description(ctypes.Structure):
         ("scale", REAL),
         ("data", POINTER),
         *((name, INT) for name in ("most_size", "most_steps", "multiprocessors", "shared_bytes")),
+        ("persistent", INT),
         *((name, INT) for name in ("n_models", "n_parameters")),
         *((name, POINTER) for name in ("latents", "betas", "lrs", "counts", "parameters")),
     )
@@ -133,6 +138,7 @@ class EmulatedEngine:
         most_steps: int,
         multiprocessors: int,
         shared_bytes: int,
+        persistent: bool = False,
     ) -> None:
         self._library = library
         self.shapes = [[parameter.shape for parameter in model.parameters] for model in models]
@@ -168,6 +174,7 @@ class EmulatedEngine:
             most_steps=most_steps,
             multiprocessors=multiprocessors,
             shared_bytes=shared_bytes,
+            persistent=persistent,
             n_models=len(models),
             n_parameters=len(flat) // len(models),
             latents=latents.ctypes.data,
@@ -227,6 +234,9 @@ class EmulatedEngine:
     def launches_per_step(self) -> int:
         launches: int = self._library.engine_launches_per_step(self._handle)
         return launches
+
+    def is_persistent(self) -> bool:
+        return bool(self._library.engine_is_persistent(self._handle))
 
     def close(self) -> None:
         self._library.engine_destroy(self._handle)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,31 @@ FAST = {
     for name in ("the paper's model", "three samples", "large tiles, Gaussian")
 }
 EVERY = {**CASES, **FAST, **WAKE_SLEEP}
+# What the persistent kernel takes: every row group of its warps in part, more than one chunk of units and of
+# pixels, pixels that fill no block, several datapoints to a block, a last minibatch that is smaller.
+_WIDE = Case(133, (75,), (70,), 5, batch_size=101, count=190)
+PERSISTENT = {
+    **{
+        name: CASES[name]
+        for name in (
+            "the paper's model",
+            "widths of fours",
+            "dynamic",
+            "bits",
+            "SGD",
+            "SGD with momentum",
+            "Adam",
+            "AdamW",
+        )
+    },
+    "wide": replace(_WIDE, weight_prior=True, beta=0.7),
+    "wide, ReLU, log-variance scale": replace(_WIDE, activation="relu", logvar_scale=0.2),
+    "wide, softplus, SGVB-A": replace(_WIDE, activation="softplus", estimator="sgvb_a", beta=1.3),
+    "more pixels than units": Case(70, (11,), (9,), 2, batch_size=40, count=60),
+    "more units than pixels": Case(9, (20,), (139,), 64, batch_size=17, count=40),
+    "the paper's model, fast": FAST["the paper's model, fast"],
+    "wide, fast": replace(_WIDE, precision="fast", **SMOOTH),
+}
 
 
 def data_of(case: Case) -> tuple[Prepared, NDArray[Any]]:
@@ -245,6 +271,7 @@ def engine_of(
     most_steps: int = 3,
     weights: list[NDArray[np.float32]] | None = None,
     models: list[Trained] | None = None,
+    persistent: bool = False,
 ) -> EmulatedEngine:
     prepared, values = data_of(case)
     options = {"eps": 1e-8, **case.options}
@@ -275,6 +302,7 @@ def engine_of(
         most_steps=most_steps,
         multiprocessors=case.multiprocessors,
         shared_bytes=case.shared_bytes,
+        persistent=persistent,
     )
 
 
@@ -330,7 +358,7 @@ def test_every_buffer_of_a_step_is_that_of_the_reference(
 class DeviceEngine:
     """vae_fast._C.CudaStep on a GPU, with the methods of EmulatedEngine that the steps' tests use."""
 
-    def __init__(self, cases: Sequence[Case]) -> None:
+    def __init__(self, cases: Sequence[Case], persistent: bool = False) -> None:
         """Of several cases, which may differ in latents, beta and lr, the models are trained side by side."""
         from vae_fast import _C
 
@@ -376,7 +404,11 @@ class DeviceEngine:
             scale=1 / prepared.scale,
             batch_size=min(case.batch_size, case.count),
             most_steps=3,
+            persistent=persistent,
         )
+
+    def is_persistent(self) -> bool:
+        return self._step.persistent
 
     def run(self, *steps: NDArray[np.int64]) -> NDArray[np.float32]:
         """As EmulatedEngine's: of several models all arrays begin with an axis of models."""
@@ -430,6 +462,88 @@ def test_steps_on_a_gpu_leave_what_the_reference_leaves(name: str) -> None:
 SWEPT = ("three samples", "SGVB-A, three samples", "Gaussian straight from z", "large tiles")
 SWEPT += ("wake-sleep", "wake-sleep, Gaussian", "log-variance scale")
 SWEPT += ("no hidden layers", "dynamic", "SGD with momentum", "AdamW", "three samples, fast")
+
+
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_steps_of_the_persistent_kernel_leave_what_the_reference_leaves(
+    library: ctypes.CDLL, made: list[EmulatedEngine], name: str
+) -> None:
+    case = PERSISTENT[name]
+    made.append(engine := engine_of(library, case, persistent=True))
+    assert engine.is_persistent()
+    assert_steps_of_the_reference(engine, case)
+    assert engine.is_persistent()  # nothing was out of range
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_steps_of_the_persistent_kernel_on_a_gpu_leave_what_the_reference_leaves(name: str) -> None:
+    engine = DeviceEngine([PERSISTENT[name]], persistent=True)
+    if not engine.is_persistent():
+        pytest.skip("this GPU or build does not take it")
+    assert_steps_of_the_reference(engine, PERSISTENT[name])
+    assert engine.is_persistent()
+
+
+@pytest.mark.parametrize("name", ["wide", "more pixels than units", "more units than pixels"])
+def test_the_persistent_kernel_has_the_same_bits_in_whatever_order_its_blocks_run(
+    library: ctypes.CDLL, made: list[EmulatedEngine], name: str
+) -> None:
+    case = PERSISTENT[name]
+    steps = schedule_of(Reference(case).source, 0, 5)
+    found = []
+    for backwards, cuts in ((0, (0, 5)), (1, (0, 5)), (1, (0, 1, 4, 5))):
+        library.engine_blocks_backwards(ctypes.c_int64(backwards))
+        made.append(engine := engine_of(library, case, most_steps=5, persistent=True))
+        terms = [engine.run(*(part[a:b] for part in steps)) for a, b in pairwise(cuts)]
+        found.append([np.concatenate(terms), *engine.parameters(), *engine.parameters(1)])
+    library.engine_blocks_backwards(ctypes.c_int64(0))
+    for other in found[1:]:
+        assert all(np.array_equal(*pair) for pair in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("index", [0, 2, 8])
+def test_a_number_beyond_a_half_hands_the_steps_to_the_launches(
+    library: ctypes.CDLL, made: list[EmulatedEngine], index: int
+) -> None:
+    case = replace(PERSISTENT["widths of fours"], steps=2)
+    weights = [p.detach().numpy() for p in model_of(case).parameters()]
+    weights[index] = weights[index].copy()
+    # Scaled by 256 it has no half; mu's weights come to their own layer's gradient first.
+    weights[index].flat[1] = 300.0 if index != 2 else 3e5
+    engines = [engine_of(library, case, weights=weights, persistent=yes) for yes in (True, False)]
+    made.extend(engines)
+    steps = schedule_of(Reference(case).source, 0, case.steps)
+    found = []
+    for engine in engines:
+        terms = engine.run(*steps)
+        found.append([terms, *engine.parameters(), *engine.parameters(1)])
+    assert not engines[0].is_persistent()
+    assert all(np.array_equal(*pair, equal_nan=True) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encoder_hidden": (20, 20)},
+        {"likelihood": "gaussian"},
+        {"num_samples": 2},
+        {"data_dtype": "f32"},
+        {"batch_size": 129, "count": 140},
+        {"latent_dim": 65},
+        {"decoder_hidden": (520,)},
+        {"multiprocessors": 5},
+        {"shared_bytes": 8 << 10},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_the_persistent_kernel_cannot_take_is_left_to_the_launches(
+    library: ctypes.CDLL, made: list[EmulatedEngine], change: dict[str, Any]
+) -> None:
+    case = replace(Case(16, (20,), (20,), 4), **change)
+    made.append(engine := engine_of(library, case, persistent=True))
+    assert not engine.is_persistent()
 
 
 def swept(name: str) -> list[Case]:

@@ -397,8 +397,10 @@ class StandIn:
         options: dict[str, float],
         batch_size: int,
         most_steps: int,
+        persistent: bool,
         **given: Any,
     ) -> None:
+        assert not persistent  # unless VAE_FAST_CUDA_PERSISTENT says so
         StandIn.made += 1
         network = ("data_dim", "encoder_hidden", "decoder_hidden", "activation", "likelihood")
         objective = ("estimator", "num_samples", "weight_prior", "precision", "logvar_scale")

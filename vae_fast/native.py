@@ -7,6 +7,7 @@ new.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -93,6 +94,11 @@ def _why_not_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Par
     return None
 
 
+def _wants_persistent() -> bool:
+    """Whether steps are to be taken by one kernel that stays on the GPU, where it can take them."""
+    return os.environ.get("VAE_FAST_CUDA_PERSISTENT") == "1"
+
+
 def _is_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -171,6 +177,8 @@ class NativeEngine(AutogradEngine):
             products = (
                 "three TF32 products for one of float32" if self.precision == "exact" else "one product"
             )
+            if _wants_persistent():
+                return f"one kernel for many steps where it can take them, else graphs with {products}"
             return f"many steps to a graph, {products}"
         capability = _C.cpu_capability()
         if self.precision == "exact":
@@ -340,6 +348,7 @@ class _CudaSteps:
                 scale=1 / data.scale,
                 batch_size=room[0],
                 most_steps=room[1],
+                persistent=_wants_persistent(),
             )
             self._made_for, self._room = needs, room
         terms: Tensor = self._step.run(rows, sizes, seeds, updates)

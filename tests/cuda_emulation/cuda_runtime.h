@@ -5,13 +5,15 @@
 // thread of a block can go on, they wait for different things, and the program stops. So a barrier in divergent code
 // is found. Memory from cudaMalloc ends at a page that cannot be touched, and so does dynamic shared memory, which is
 // full of NaN when a block begins; misaligned vector accesses stop the program. A stream that is captured keeps its
-// launches in a list, and a graph is that list.
+// launches in a list, and a graph is that list. The blocks of a cooperative launch take turns: each goes as far as it
+// can before the next one runs.
 #pragma once
 
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -90,10 +92,20 @@ using cudaStream_t = emulation::Stream*;
 using cudaGraph_t = emulation::Launches*;
 using cudaGraphExec_t = emulation::Launches*;
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 namespace emulation {
@@ -116,20 +128,21 @@ struct Meeting {
 };
 
 struct Block {
-  std::vector<Fiber> fibers{kMaxThreads};
+  std::vector<Fiber> fibers;
+  dim3 index;
   Meeting everyone, warps[kMaxThreads / kWarp];
   ucontext_t scheduler;
   int current = 0;
   bool progress = false;
   std::function<void()> body;
   float* shared = nullptr;  // dynamic
-  size_t shared_bytes = 0;
 };
 
-inline Block& block() {
-  static Block instance;
+inline Block*& running() {
+  static Block* instance = nullptr;
   return instance;
 }
+inline Block& block() { return *running(); }
 
 [[noreturn]] inline void stop(const char* what) {
   std::fprintf(stderr, "cuda emulation: %s (block %u %u, thread %u %u)\n", what, blockIdx.x, blockIdx.y, threadIdx.x,
@@ -164,10 +177,12 @@ inline void run_fiber() {
   wait_for_others();
 }
 
-inline void run_block() {
-  Block& b = block();
+// Makes a block ready to run from its beginning.
+inline void begin(Block& b, const dim3& index, size_t shared_bytes) {
   const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
-  std::memset(b.shared, 0xff, b.shared_bytes);
+  b.index = index;
+  if (static_cast<int>(b.fibers.size()) < threads) b.fibers.resize(static_cast<size_t>(threads));
+  if (shared_bytes > 0) std::memset(b.shared, 0xff, shared_bytes);
   b.everyone.members = threads;
   b.everyone.arrived = 0;
   for (int w = 0; w * kWarp < threads; ++w) {
@@ -185,10 +200,21 @@ inline void run_block() {
     f.context.uc_link = nullptr;
     makecontext(&f.context, run_fiber, 0);
   }
-  for (bool all_done = false, progress = true; !all_done;) {
-    if (!progress) stop("threads wait for each other at different barriers or shuffles");
+}
+
+struct Passed {
+  bool done, progress;
+};
+
+// Runs the threads of a block until all are done, or none can go on.
+inline Passed run_as_far_as_it_goes(Block& b) {
+  const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  running() = &b;
+  blockIdx = b.index;
+  Passed passed{false, false};
+  for (bool progress = true; progress && !passed.done;) {
     progress = false;
-    all_done = true;
+    passed.done = true;
     for (int first = 0; first < threads; first += kWarp) {
       // A warp goes as far as it can before the next one runs: what reads late then finds what was written too early.
       do {
@@ -198,12 +224,14 @@ inline void run_block() {
           if (f.done) continue;
           threadIdx = f.index;
           swapcontext(&b.scheduler, &f.context);
-          all_done = all_done && f.done;
+          passed.done = passed.done && f.done;
         }
         progress = progress || b.progress;
       } while (b.progress);
     }
+    passed.progress = passed.progress || progress;
   }
+  return passed;
 }
 
 inline int linear_thread() {
@@ -308,20 +336,66 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 namespace emulation {
 
+// Dynamic shared memory that ends at a page which cannot be touched
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t bytes) {
+    if (bytes > 0) cudaMalloc(&memory_, bytes);
+  }
+  ~SharedMemory() { cudaFree(memory_); }
+  SharedMemory(const SharedMemory&) = delete;
+  float* get() const { return static_cast<float*>(memory_); }
+
+ private:
+  void* memory_ = nullptr;
+};
+
 inline void run_grid(const dim3& grid, const dim3& threads, size_t shared_bytes, const std::function<void()>& body) {
-  Block& b = block();
-  void* shared = nullptr;
-  if (shared_bytes > 0) cudaMalloc(&shared, shared_bytes);
-  b.shared = static_cast<float*>(shared);
-  b.shared_bytes = shared_bytes;
+  static Block b;
+  const SharedMemory shared(shared_bytes);
   gridDim = grid;
   blockDim = threads;
+  b.shared = shared.get();
   b.body = body;
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block();
-  if (shared) cudaFree(shared);
-  b.shared_bytes = 0;
+  dim3 index;
+  for (index.z = 0; index.z < grid.z; ++index.z)
+    for (index.y = 0; index.y < grid.y; ++index.y)
+      for (index.x = 0; index.x < grid.x; ++index.x) {
+        begin(b, index, shared_bytes);
+        if (!run_as_far_as_it_goes(b).done) stop("threads wait for each other at different barriers or shuffles");
+      }
+}
+
+// Whether the blocks of a cooperative launch take turns from the last to the first
+inline bool& backwards() {
+  static bool instance = false;
+  return instance;
+}
+
+inline void run_cooperative_grid(const dim3& grid, const dim3& threads, size_t shared_bytes,
+                                 const std::function<void()>& body) {
+  gridDim = grid;
+  blockDim = threads;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<SharedMemory>> memories;
+  for (unsigned i = 0; i < grid.x; ++i) {
+    memories.push_back(std::make_unique<SharedMemory>(shared_bytes));
+    blocks.push_back(std::make_unique<Block>());
+    blocks.back()->shared = memories.back()->get();
+    blocks.back()->body = body;
+    begin(*blocks.back(), dim3(i), shared_bytes);
+  }
+  if (backwards()) std::reverse(blocks.begin(), blocks.end());
+  for (bool all_done = false; !all_done;) {
+    bool progress = false;
+    all_done = true;
+    for (auto& b : blocks) {
+      const Passed passed = run_as_far_as_it_goes(*b);
+      all_done = all_done && passed.done;
+      progress = progress || passed.progress;
+    }
+    if (!all_done && !progress) stop("blocks wait for each other");
+  }
 }
 
 }  // namespace emulation
@@ -334,9 +408,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const bool valid = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffff && grid.y <= 0xffff &&
                      grid.z <= 0xffff && count > 0 && count <= emulation::kMaxThreads;
   if (!valid) return emulation::last_error() = cudaErrorInvalidConfiguration;
-  const auto run = [kernel, grid, threads, bytes = config->dynamicSmemBytes,
+  const bool cooperative = config->numAttrs > 0;
+  const auto run = [kernel, grid, threads, cooperative, bytes = config->dynamicSmemBytes,
                     ... copies = std::decay_t<Parameters>(arguments)] {
-    emulation::run_grid(grid, threads, bytes, [&] { kernel(copies...); });
+    const auto body = [&] { kernel(copies...); };
+    cooperative ? emulation::run_cooperative_grid(grid, threads, bytes, body)
+                : emulation::run_grid(grid, threads, bytes, body);
   };
   if (config->stream && config->stream->captured) {
     config->stream->launches.push_back(run);

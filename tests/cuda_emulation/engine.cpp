@@ -41,7 +41,7 @@ struct Description {
   int64_t data_dtype, dynamic, data_rows, data_bytes;
   double scale;
   const void* data;
-  int64_t most_size, most_steps, multiprocessors, shared_bytes;
+  int64_t most_size, most_steps, multiprocessors, shared_bytes, persistent;
   int64_t n_models, n_parameters;
   const int64_t* latents;          // of each model
   const double *betas, *lrs;       // of each model
@@ -90,7 +90,8 @@ void* engine_create(const Description* d) {
   emulation::most_shared_bytes() = static_cast<size_t>(d->shared_bytes);
   engine->schedule = new Schedule(network, objective, optimizer, data, static_cast<Precision>(d->precision),
                                   engine->models, d->most_size, d->most_steps,
-                                  Gpu{static_cast<int>(d->multiprocessors), static_cast<int>(d->shared_bytes), false},
+                                  Gpu{static_cast<int>(d->multiprocessors), static_cast<int>(d->shared_bytes), false,
+                                      d->persistent != 0},
                                   [engine](size_t bytes) {
                                     // What nobody has written is NaN.
                                     engine->workspace = on_device<char>(nullptr, static_cast<int64_t>(bytes));
@@ -134,6 +135,10 @@ const char* engine_buffer(void* engine, int64_t i, float** values, int64_t* rows
 }
 
 int64_t engine_launches_per_step(void* engine) { return static_cast<Engine*>(engine)->schedule->launches_per_step(); }
+
+int64_t engine_is_persistent(void* engine) { return static_cast<Engine*>(engine)->schedule->persistent(); }
+
+void engine_blocks_backwards(int64_t yes) { emulation::backwards() = yes != 0; }
 
 void engine_destroy(void* engine) {
   auto* e = static_cast<Engine*>(engine);

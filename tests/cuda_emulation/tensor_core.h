@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda_bf16.h"
+#include "cuda_fp16.h"
 
 namespace vae_fast {
 namespace engine {
@@ -27,7 +28,11 @@ inline float truncated(double sum) {
 // Of what one lane holds in a register: its element k of kElements
 inline double element(TF32, uint32_t bits, int) { return __uint_as_float(bits & ~0x1fffu); }
 inline double element(BF16, uint32_t bits, int k) { return __uint_as_float(k == 0 ? bits << 16 : bits & 0xffff0000u); }
+inline double element(FP16, uint32_t bits, int k) {
+  return __half2float({static_cast<uint16_t>(k == 0 ? bits & 0xffff : bits >> 16)});
+}
 inline int elements(TF32) { return 1; }
+inline int elements(FP16) { return 2; }
 inline int elements(BF16) { return 2; }
 
 constexpr int kMostRegisters = 64;

@@ -4,11 +4,11 @@
 // Nothing but the sums of a tile meets in a block, and every element of every buffer has one thread that writes it.
 #include <algorithm>
 
-#include "../../math/activation.h"
 #include "../../math/bernoulli.h"
 #include "../../math/gaussian.h"
 #include "../../math/philox.h"
 #include "../../math/splitmix.h"
+#include "elements.cuh"
 #include "kernels.h"
 #include "product.cuh"
 
@@ -148,14 +148,7 @@ struct ActivateHidden {
   __device__ __forceinline__ float finish(const Here&, State& s, int64_t row, int64_t col) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float a = s.value[i] + s.bias[i];
-      if (activation == Activation::tanh) {
-        s.value[i] = tanh_by_exponent(a);
-      } else if (activation == Activation::relu) {
-        s.value[i] = relu(a);
-      } else {
-        s.value[i] = softplus(a);
-      }
+      s.value[i] = activate(activation, s.value[i] + s.bias[i]);
     }
     write_four(out + row * stride + col, s.value);
     return 0.0f;
@@ -421,15 +414,7 @@ struct DeriveHidden {
 
   __device__ __forceinline__ float finish(const Here&, State& s, int64_t row, int64_t col) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (activation == Activation::tanh) {
-        s.value[i] *= tanh_derivative(s.in[i]);
-      } else if (activation == Activation::relu) {
-        s.value[i] = s.in[i] > 0.0f ? s.value[i] : 0.0f;
-      } else {
-        s.value[i] *= softplus_derivative(s.in[i]);
-      }
-    }
+    for (int i = 0; i < 4; ++i) s.value[i] = through_activation(activation, s.value[i], s.in[i]);
     write_four(grad_in + row * stride + col, s.value);
     return 0.0f;
   }

@@ -33,7 +33,10 @@ Schedule::Schedule(const Network& network, const Objective& objective, const Opt
       most_steps_(most_steps),
       group_(std::clamp<int64_t>(kMinibatchFloats / (this->models() * most_size * to_fours(data.cols)), 1,
                                  kStepsPerGraph)),
-      gpu_(gpu) {
+      gpu_(gpu),
+      persistent_(gpu.persistent && persistent::why_not(network, objective, data, this->models(), most_size,
+                                                        gpu.multiprocessors, gpu.shared_bytes)
+                                        .empty()) {
   int parameter = 0;
   const auto add = [&](std::vector<Layer>& layers, int64_t ins, int64_t outs, bool paired) {
     layers.push_back({ins, outs, parameter, paired, nullptr, nullptr, 0, 0});
@@ -103,7 +106,8 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
     }
   }
   place(own_, 1);
-  place(factors_, group_);
+  place(factors_, persistent_ ? most_steps_ : group_);
+  if (persistent_) place(exchanged_, persistent::bytes_of(persistent::sizes_of(network_, most_size_), most_steps_));
   place(cursor_, 1);
   place(updates_, 1);
   place(rows_, most_steps_ * most_size_);
@@ -355,15 +359,67 @@ int Schedule::load(const std::vector<Steps>& steps, int64_t begin, int64_t count
   return cudaSuccess;
 }
 
+// The loaded steps by the persistent kernel. `done` remains false where a number was beyond its range: nothing has
+// changed then, and nothing is taken that way any more.
+int Schedule::run_persistent(int64_t count, bool& done, cudaStream_t stream) {
+  using namespace persistent;
+  const Sizes sizes = sizes_of(network_, most_size_);
+  const Exchanged exchanged = persistent::lay_out(sizes, most_steps_, exchanged_);
+  const Gather gather{now(0),      count,           most_size_, data_,    rows_,   most_size_,
+                      exchanged.x, sizes.row_bytes, optimizer_, updates_, factors_};
+  const persistent::Launch launch{sizes,
+                                  exchanged,
+                                  persistent::parameters_of(parameters_),
+                                  precision_,
+                                  network_.activation,
+                                  objective_.estimator,
+                                  network_.logvar_scale,
+                                  models_[0].own.beta,
+                                  objective_.weight_prior,
+                                  data_.dynamic ? 1.0f : data_.scale,
+                                  rule_of(optimizer_),
+                                  sizes_,
+                                  seeds_,
+                                  factors_,
+                                  count,
+                                  gpu_.timed};
+  if (int error = persistent::launch(gather, stream)) return error;
+  if (int error = persistent::launch(launch, terms_, stream)) return error;
+  bool out_of_range = false;
+  if (int error = persistent::out_of_range(launch, out_of_range, stream)) return error;
+  done = !out_of_range;
+  persistent_ = done;
+  if (!gpu_.timed) return cudaSuccess;
+  std::vector<int64_t> cycles(static_cast<size_t>(kPhases * (sizes.encoder_blocks + sizes.decoder_blocks)));
+  if (cudaError_t error = cudaMemcpyAsync(cycles.data(), exchanged.cycles, cycles.size() * sizeof(int64_t),
+                                          cudaMemcpyDeviceToHost, stream))
+    return error;
+  if (cudaError_t error = cudaStreamSynchronize(stream)) return error;
+  phases_.clear();
+  for (const bool encoder : {true, false}) {
+    const int first = encoder ? 0 : sizes.encoder_blocks;
+    const int blocks = encoder ? sizes.encoder_blocks : sizes.decoder_blocks;
+    for (int i = 0; i < kPhases && phase_name(encoder, i); ++i) {
+      phases_.push_back({phase_name(encoder, i), encoder, {}});
+      for (int block = first; block < first + blocks; ++block)
+        phases_.back().cycles.push_back(static_cast<double>(cycles[static_cast<size_t>(block * kPhases + i)]) /
+                                        static_cast<double>(count));
+    }
+  }
+  return cudaSuccess;
+}
+
 int Schedule::run(const std::vector<Steps>& steps, float* terms, cudaStream_t stream) {
   const int64_t n_steps = steps[0].count;
   if (int error = exchange(true, stream)) return error;
   for (int64_t begin = 0; begin < n_steps; begin += most_steps_) {
     const int64_t count = std::min(most_steps_, n_steps - begin);
     if (int error = load(steps, begin, count, stream)) return error;
+    bool taken = false;
+    if (int error = persistent_ ? run_persistent(count, taken, stream) : 0) return error;
     // The very first steps are launched as they are: the driver loads kernels when they are first used, which a capture
     // may not do.
-    for (int64_t done = 0; done < count;) {
+    for (int64_t done = taken ? count : 0; done < count;) {
       const int64_t some = std::min(group_, count - done);
       cudaGraphExec_t graph = nullptr;
       if (int failed = warm_ ? graph_of(some, graph) : 0) return failed;

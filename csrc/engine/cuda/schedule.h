@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "persistent.h"
 
 namespace vae_fast {
 namespace engine {
@@ -47,8 +48,17 @@ struct Model {
 
 struct Gpu {
   int multiprocessors;
-  int shared_bytes;  // that a block can have
-  bool overlap;      // see Way
+  int shared_bytes;         // that a block can have
+  bool overlap;             // see Way
+  bool persistent = false;  // whether persistent.h takes the steps that it can
+  bool timed = false;       // and counts the cycles of its phases
+};
+
+// Of the last call of run(): what a block spent in a phase of a step on average, in cycles of its multiprocessor.
+struct Phase {
+  std::string name;
+  bool encoder;
+  std::vector<double> cycles;  // of each block
 };
 
 class Schedule {
@@ -72,6 +82,9 @@ class Schedule {
   int64_t model_bytes() const { return model_bytes_; }
   int64_t steps_per_graph() const { return group_; }
   int64_t launches_per_step() const { return launches_; }
+  // Whether the next steps are taken by persistent.h; else by the launches above.
+  bool persistent() const { return persistent_; }
+  const std::vector<Phase>& phases() const { return phases_; }  // where Gpu::timed
 
  private:
   struct Layer {
@@ -96,6 +109,7 @@ class Schedule {
   int launch_step(int64_t offset, cudaStream_t stream);
   int launch_update(int64_t offset, const float* x, const Way& way);
   int graph_of(int64_t count, cudaGraphExec_t& graph);
+  int run_persistent(int64_t count, bool& done, cudaStream_t stream);
   MatrixOf weight_of(const Layer& layer) const;
 
   Network network_;
@@ -107,6 +121,9 @@ class Schedule {
   std::vector<Trained> parameters_;  // of the first model, where the kernels find them
   int64_t most_size_, most_steps_, group_, launches_ = 0, model_bytes_ = 0;
   Gpu gpu_;
+  bool persistent_;
+  char* exchanged_ = nullptr;  // of persistent.h
+  std::vector<Phase> phases_;
 
   std::vector<Layer> encoder_, decoder_;           // the last of the encoder are the heads, of the decoder the output
   float *dream_x_ = nullptr, *dream_z_ = nullptr;  // of wake_sleep

@@ -21,6 +21,8 @@
 //       data=values,                 # uint8 or float32 [N, D]; with packed=True uint8 [N, ceil(D / 8)]
 //       packed=False, dynamic=False,
 //       scale=1 / 255,               # x = float32(values) * scale
+//       persistent=False,            # steps by the kernel of persistent.h, where it can take them
+//       timed=False,                 # which then counts the cycles of its phases: step.phases, after a run
 //       batch_size=100,              # of the largest minibatch
 //       most_steps=1000)             # that lie on the device at a time
 //   terms = step.run(rows, sizes, seeds, updates)
@@ -30,7 +32,8 @@
 // caller keeps). It returns when the steps are done: (elbo, log_likelihood, kl) of each, float32 [models, n, 3] on the
 // CPU. Parameters and states change in place, in the tensors given to the constructor, which this object keeps alive;
 // so does `data`: where that moves, make another object. The GIL is released. A model's numbers do not depend on the
-// others. step.steps_per_graph and step.launches_per_step say how a step is launched.
+// others. step.steps_per_graph and step.launches_per_step say how a step is launched,
+// step.persistent whether it is not but taken by persistent.h.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -43,6 +46,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -84,7 +88,7 @@ class CudaStep {
  public:
   CudaStep(Network network, const Objective& objective, const Optimizer& optimizer, Precision precision,
            std::vector<Given> models, Tensor data, bool packed, bool dynamic, double scale, int64_t batch_size,
-           int64_t most_steps)
+           int64_t most_steps, bool persistent, bool timed)
       : models_(std::move(models)), data_(std::move(data)), batch_size_(batch_size) {
     TORCH_CHECK_VALUE(data_.is_cuda(), "data: got device ", data_.device(), ", wanted a CUDA device");
     TORCH_CHECK_VALUE(batch_size >= 1, "batch_size: got ", batch_size, ", wanted an integer of 1 or more");
@@ -115,6 +119,10 @@ class CudaStep {
     check_cuda(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     const char* wanted = std::getenv("VAE_FAST_CUDA_OVERLAP");  // 0: to measure what overlapping launches are worth
     gpu.overlap = can_overlap() && !(wanted && std::string(wanted) == "0");
+    int cooperative = 0;
+    check_cuda(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
+    gpu.persistent = persistent && cooperative && can_overlap();  // both are of sm_90 and later
+    gpu.timed = timed;
     int64_t widest = 2 * std::max(network.data_dim, most_latents);
     for (int64_t width : network.encoder_hidden) widest = std::max(widest, width);
     for (int64_t width : network.decoder_hidden) widest = std::max(widest, width);
@@ -159,6 +167,13 @@ class CudaStep {
 
   int64_t steps_per_graph() const { return schedule_->steps_per_graph(); }
   int64_t launches_per_step() const { return schedule_->launches_per_step(); }
+  bool persistent() const { return schedule_->persistent(); }
+  std::vector<std::tuple<std::string, std::string, std::vector<double>>> phases() const {
+    std::vector<std::tuple<std::string, std::string, std::vector<double>>> found;
+    for (const Phase& phase : schedule_->phases())
+      found.emplace_back(phase.encoder ? "encoder" : "decoder", phase.name, phase.cycles);
+    return found;
+  }
 
  private:
   std::vector<Given> models_;
@@ -172,13 +187,13 @@ std::unique_ptr<CudaStep> make(int64_t data_dim, std::vector<int64_t> encoder_hi
                                const std::string& likelihood, const std::string& estimator, int64_t num_samples,
                                double weight_prior, const std::string& optimizer, const py::dict& options,
                                const std::string& precision, const py::sequence& models, Tensor data, bool packed,
-                               bool dynamic, double scale, int64_t batch_size, int64_t most_steps,
-                               double logvar_scale) {
+                               bool dynamic, double scale, int64_t batch_size, int64_t most_steps, double logvar_scale,
+                               bool persistent, bool timed) {
   return std::make_unique<CudaStep>(network_of(data_dim, std::move(encoder_hidden), 0, std::move(decoder_hidden),
                                                activation, likelihood, logvar_scale),
                                     objective_of(estimator, num_samples, 1, weight_prior),
                                     optimizer_of(optimizer, options), precision_of(precision), given_of(models),
-                                    std::move(data), packed, dynamic, scale, batch_size, most_steps);
+                                    std::move(data), packed, dynamic, scale, batch_size, most_steps, persistent, timed);
 }
 
 }  // namespace
@@ -189,11 +204,14 @@ void bind_cuda_step(py::module_& m) {
       .def(py::init(&make), py::kw_only(), arg("data_dim"), arg("encoder_hidden"), arg("decoder_hidden"),
            arg("activation"), arg("likelihood"), arg("estimator"), arg("num_samples"), arg("weight_prior"),
            arg("optimizer"), arg("options"), arg("precision"), arg("models"), arg("data"), arg("packed"),
-           arg("dynamic"), arg("scale"), arg("batch_size"), arg("most_steps") = 1000, arg("logvar_scale") = 1.0)
+           arg("dynamic"), arg("scale"), arg("batch_size"), arg("most_steps") = 1000, arg("logvar_scale") = 1.0,
+           arg("persistent") = false, arg("timed") = false)
       .def("run", &CudaStep::run, py::call_guard<py::gil_scoped_release>(), arg("rows"), arg("sizes"), arg("seeds"),
            arg("updates"))
       .def_property_readonly("steps_per_graph", &CudaStep::steps_per_graph)
-      .def_property_readonly("launches_per_step", &CudaStep::launches_per_step);
+      .def_property_readonly("launches_per_step", &CudaStep::launches_per_step)
+      .def_property_readonly("persistent", &CudaStep::persistent)
+      .def_property_readonly("phases", &CudaStep::phases);
 }
 
 }  // namespace engine

@@ -8,7 +8,7 @@
 //   C [16, 8]: c[0], c[1] = columns 2t, 2t + 1 of row g,  c[2], c[3] = the same of row g + 8
 // and of the K indices, which A and B may number as they like so long as they agree:
 //   TF32, K = 8:   a[0], a[1] = index t of rows g, g + 8,  a[2], a[3] = index t + 4;  b[0], b[1] = indices t, t + 4
-//   BF16, K = 16:  the same with pairs of indices: (2t, 2t + 1) for t, and (2t + 8, 2t + 9) for t + 4
+//   BF16 and FP16, K = 16:  the same with pairs of indices: (2t, 2t + 1) for t, and (2t + 8, 2t + 9) for t + 4
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,6 +20,7 @@ namespace engine {
 
 struct TF32 {};
 struct BF16 {};
+struct FP16 {};
 
 }  // namespace engine
 }  // namespace vae_fast

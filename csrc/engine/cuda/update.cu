@@ -7,6 +7,7 @@
 
 #include "../../math/philox.h"
 #include "../../math/splitmix.h"
+#include "elements.cuh"
 #include "kernels.h"
 #include "product.cuh"
 
@@ -18,13 +19,6 @@ using UpdateShape = Updates;
 constexpr int kThreads = UpdateShape::kThreads;
 
 // --- the minibatches -------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float datum(const Data& data, int64_t row, int64_t col) {
-  if (data.dtype == DType::f32) return static_cast<const float*>(data.values)[row * data.cols + col];
-  const uint8_t* bytes = static_cast<const uint8_t*>(data.values);
-  if (data.dtype == DType::u8) return static_cast<float>(bytes[row * data.cols + col]);
-  return static_cast<float>(bytes[row * ((data.cols + 7) / 8) + col / 8] >> (col & 7) & 1);
-}
 
 // Four of z' ~ N(0, I)
 __device__ __forceinline__ void dream_latents(const Prepare& p, const Here& here, int64_t slot, int64_t four) {
@@ -43,12 +37,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   const Here here(p.now, slot);
   const int64_t step = here.step;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    const Optimizer& o = p.optimizer;
-    const UpdateKind kind = o.kind == OptimizerKind::adagrad ? UpdateKind::adagrad
-                            : o.kind == OptimizerKind::sgd   ? UpdateKind::sgd
-                                                             : UpdateKind::adam;
-    here.of_model(p.factors)[slot] =
-        step_factors(kind, here.own().lr, o.beta1, o.beta2, o.accumulate_steps, *here.of_model(p.updates) + step + 1);
+    here.of_model(p.factors)[slot] = factors_of(p.optimizer, here.own().lr, *here.of_model(p.updates) + step + 1);
   }
   const int64_t fours = p.x_stride / 4, four = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (p.dream_z) dream_latents(p, here, slot, four);
