@@ -13,6 +13,10 @@
 #include "persistent.h"
 #include "product.cuh"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#pragma nv_diag_suppress 177  // the kernel is empty there, and what it is made of is not used
+#endif
+
 namespace vae_fast {
 namespace engine {
 namespace persistent {
@@ -23,7 +27,10 @@ constexpr int kUnits = 8, kOuts = 16;    // of a block
 constexpr int kChunk = 64;               // columns of what bulk copies take
 constexpr int kStages = 4;               // chunks under way
 constexpr int kGroups = 4;               // of warps: so many share the rows, and so many the k
-constexpr int kMostRows = 32 * kGroups;  // two fragments a warp
+constexpr int kMostRows = 32 * kGroups;  // two fragments a warp; where rows lie in memory there is room for so many
+// A column of a transposed matrix, floats or halves. Where fragments are read, what lies below each other is an odd
+// number of 16 bytes apart, so in different banks.
+constexpr int kColumn = kMostRows + 4, kHalfColumn = kMostRows + 8;
 constexpr int kMostLatents = 64;
 constexpr int kPairs = 2;  // of fragments of the encoder's weights that a warp keeps: of 32 pixels
 constexpr int kTurns = 4;  // fragments of the output's weights that a warp keeps: one of every second chunk
@@ -35,6 +42,7 @@ constexpr float kWeightScale = 256, kHiddenScale = 64, kLogitScale = 1024, kUnit
 
 enum Event { kHeads, kZ, kHidden, kLogits, kLatents, kDone, kEnd, kOutOfRange, kEvents };
 
+constexpr int halves_of_chunk(int parts) { return parts * kMostRows * kChunk; }
 constexpr int ceil_of(int a, int b) { return (a + b - 1) / b; }
 
 // The piece of 16 bytes of a row of 128 that has columns 8 piece to 8 piece + 7 of a chunk: so that rows below each
@@ -74,17 +82,13 @@ class Room {
   int used_ = 0;
 };
 
-// Lengths that follow from the sizes. A column of a transposed matrix has a number for each row of the minibatch; where
-// fragments are read, what lies below each other is an odd number of 16 bytes apart, so in different banks.
+// Lengths that follow from the sizes
 struct Strides {
-  int column, half_column;           // floats, halves
-  int chunk;                         // halves of one
+  int latents;                       // floats of a row of z
   int hidden_chunks, data_chunks;    // of h', of the gradient in the logits
-  int encoder, output, own_columns;  // halves of a row of weights
-  Strides(const Sizes& s, int parts)
-      : column(s.rows + 4),
-        half_column(s.rows + 8),
-        chunk(parts * s.rows * kChunk),
+  int encoder, output, own_columns;  // halves of a row of weights, kept apart as columns are
+  explicit Strides(const Sizes& s)
+      : latents(ceil_of(s.latents, 4) * 4),
         hidden_chunks(ceil_of(s.decoder_units, kChunk)),
         data_chunks(ceil_of(s.data_dim, kChunk)),
         encoder(s.row_bytes + 8),
@@ -95,13 +99,13 @@ struct Strides {
 constexpr int kUnitSumStride = kUnits + 4, kOutSumStride = kOuts + 4;
 
 struct EncoderMemory {
-  Place<Arrival> arrived;       // [2]
+  Place<Arrival> arrived;       // [3]: of x, of head_grads
   Place<uint8_t> x;             // [2, most_size, row_bytes]
   Place<uint16_t> weight;       // [parts, kUnits, encoder], the pixels of 16 in the order of fragments
-  Place<float> sums;            // [kGroups, rows, kUnitSumStride]
-  Place<float> head_grads;      // [2 Z, column], in the same place
-  Place<float> h, grad;         // [kUnits, column]
-  Place<uint16_t> grad_halves;  // [parts, kUnits, half_column]
+  Place<float> sums;            // [kGroups, kMostRows, kUnitSumStride]
+  Place<float> head_grads;      // [2 Z, kColumn], in the same place
+  Place<float> h, grad;         // [kUnits, kColumn]
+  Place<uint16_t> grad_halves;  // [parts, kUnits, kHalfColumn]
   Kept heads, head_bias;        // [2 Z, kUnits], [2 Z]
   Kept bias;                    // [kUnits]
   Place<float> partial;         // [kThreads]
@@ -109,16 +113,16 @@ struct EncoderMemory {
   int bytes;
 
   EncoderMemory(const Sizes& s, int parts) {
-    const Strides strides(s, parts);
+    const Strides strides(s);
     Room room;
-    arrived = room.take<Arrival>(2);
+    arrived = room.take<Arrival>(3);
     x = room.take<uint8_t>(2 * s.most_size * s.row_bytes);
     weight = room.take<uint16_t>(parts * kUnits * strides.encoder);
-    sums = room.take<float>(std::max(kGroups * s.rows * kUnitSumStride, 2 * s.latents * strides.column));
+    sums = room.take<float>(std::max(kGroups * kMostRows * kUnitSumStride, 2 * s.latents * kColumn));
     head_grads = sums;
-    h = room.take<float>(kUnits * strides.column);
-    grad = room.take<float>(kUnits * strides.column);
-    grad_halves = room.take<uint16_t>(parts * kUnits * strides.half_column);
+    h = room.take<float>(kUnits * kColumn);
+    grad = room.take<float>(kUnits * kColumn);
+    grad_halves = room.take<uint16_t>(parts * kUnits * kHalfColumn);
     heads = room.take_kept(2 * s.latents * kUnits);
     head_bias = room.take_kept(2 * s.latents);
     bias = room.take_kept(kUnits);
@@ -129,35 +133,35 @@ struct EncoderMemory {
 };
 
 struct DecoderMemory {
-  Place<Arrival> arrived;        // [kStages + 1], the last for `columns`
+  Place<Arrival> arrived;        // [kStages + 2]: of the ring, of columns, of z
   Place<uint16_t> ring;          // [kStages, chunk]
-  Place<float> sums;             // [kGroups, rows, kOutSumStride or kUnitSumStride], in the same place
+  Place<float> sums;             // [kGroups, kMostRows, kOutSumStride or kUnitSumStride], in the same place
   Place<uint16_t> weight;        // [parts, kOuts, output]: own pixels'
   Place<uint16_t> columns;       // [parts, kUnits, own_columns]: own units'
-  Place<float> z;                // [most_size, Z]
-  Place<float> h, grad;          // [kUnits, column]
-  Place<uint16_t> logit_grads;   // [parts, kOuts, half_column]
+  Place<float> z;                // [most_size, latents]
+  Place<float> h, grad;          // [kUnits, kColumn]
+  Place<uint16_t> logit_grads;   // [parts, kOuts, kHalfColumn]
   Place<uint8_t> x;              // [rows, kOuts]
   Place<float> log_likelihoods;  // [kThreads]
-  Kept hidden, bias;             // [kUnits, Z], [kUnits]
+  Kept hidden, bias;             // [kUnits, latents], [kUnits]
   Kept output_bias;              // [kOuts]
   int bytes;
 
   DecoderMemory(const Sizes& s, int parts) {
-    const Strides strides(s, parts);
+    const Strides strides(s);
     Room room;
-    arrived = room.take<Arrival>(kStages + 1);
-    ring = room.take<uint16_t>(kStages * strides.chunk);
+    arrived = room.take<Arrival>(kStages + 2);
+    ring = room.take<uint16_t>(kStages * halves_of_chunk(parts));
     sums = {ring.offset};
     weight = room.take<uint16_t>(parts * kOuts * strides.output);
     columns = room.take<uint16_t>(parts * kUnits * strides.own_columns);
-    z = room.take<float>(s.most_size * s.latents);
-    h = room.take<float>(kUnits * strides.column);
-    grad = room.take<float>(kUnits * strides.column);
-    logit_grads = room.take<uint16_t>(parts * kOuts * strides.half_column);
+    z = room.take<float>(s.most_size * strides.latents);
+    h = room.take<float>(kUnits * kColumn);
+    grad = room.take<float>(kUnits * kColumn);
+    logit_grads = room.take<uint16_t>(parts * kOuts * kHalfColumn);
     x = room.take<uint8_t>(s.rows * kOuts);
     log_likelihoods = room.take<float>(kThreads);
-    hidden = room.take_kept(kUnits * s.latents);
+    hidden = room.take_kept(kUnits * strides.latents);
     bias = room.take_kept(kUnits);
     output_bias = room.take_kept(kOuts);
     bytes = room.used();
@@ -171,7 +175,7 @@ struct Arguments : Launch {
   EncoderMemory encoder;
   DecoderMemory decoder;
   Arguments(const Launch& launch, int parts)
-      : Launch(launch), strides(sizes, parts), encoder(sizes, parts), decoder(sizes, parts) {}
+      : Launch(launch), strides(sizes), encoder(sizes, parts), decoder(sizes, parts) {}
 };
 
 // --- what both kinds of block do -------------------------------------------------------------------------------------
@@ -179,6 +183,7 @@ struct Arguments : Launch {
 template <Precision kPrecision, UpdateKind kKind>
 struct Block {
   static constexpr int kParts = kPrecision == Precision::exact ? 2 : 1;
+  static constexpr int kChunkHalves = halves_of_chunk(kParts);
   static constexpr int kStates = kKind == UpdateKind::adam ? 2 : kKind == UpdateKind::sgd ? 0 : 1;
   const Arguments& p;
   const Sizes& s;
@@ -260,13 +265,16 @@ struct Block {
     add(c, sum);
   }
 
-  // Fragment n of B: rows 8 n to 8 n + 7 of [parts, rows, stride], 16 of their columns from k on
-  template <int N>
-  __device__ __forceinline__ void load_b(uint32_t (&b)[kParts][N][2], int n, const uint16_t* from, int rows, int stride,
-                                         int k) const {
+  // Where the lane reads its fragments of B from: the first of [parts, rows, stride], of 8 rows and 16 columns. Those
+  // of other rows and columns lie as far from there as they do from the first.
+  __device__ __forceinline__ const uint16_t* b_of_lane(const uint16_t* from, int rows, int stride) const {
     const int part = kParts == 2 ? lane / 16 : 0;
+    return from + (part * rows + lane % 8) * stride + lane / 8 % 2 * 8;
+  }
+  template <int N>
+  __device__ __forceinline__ static void load_b(uint32_t (&b)[kParts][N][2], int n, const uint16_t* at) {
     uint32_t r[4];
-    load_fragments(r, from + (part * rows + 8 * n + lane % 8) * stride + k + lane / 8 % 2 * 8);
+    load_fragments(r, at);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       b[0][n][i] = r[i];
@@ -283,7 +291,7 @@ struct Block {
       if (row - g >= s.rows) break;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        float* to = sums + (k_group * s.rows + row) * stride + 8 * n + 2 * t;
+        float* to = sums + (k_group * kMostRows + row) * stride + 8 * n + 2 * t;
         to[0] = c[m][n][0];
         to[1] = c[m][n][1];
         to[8 * stride] = c[m][n][2];
@@ -296,7 +304,7 @@ struct Block {
   __device__ __forceinline__ float sum_of(const float* sums, int stride, int row, int col) const {
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) sum += sums[(k * s.rows + row) * stride + col];
+    for (int k = 0; k < kGroups; ++k) sum += sums[(k * kMostRows + row) * stride + col];
     return sum;
   }
 
@@ -355,22 +363,42 @@ struct Block {
     return read_through(event(kOutOfRange)) == 0;
   }
 
-  // Sums over the rows of a minibatch, four at a time: what lies beyond it is 0.
+  // Sums over the rows of a minibatch, four at a time, of columns that are 0 beyond it: of one is enough.
   __device__ __forceinline__ float dot(const float* a, const float* b) const {
     float sums[4] = {};
+#pragma unroll 4
     for (int row = 0; row < s.rows; row += 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[i] = Math<float>::fma(a[row + i], b[row + i], sums[i]);
+      const float4 left = *reinterpret_cast<const float4*>(a + row), right = *reinterpret_cast<const float4*>(b + row);
+      sums[0] = Math<float>::fma(left.x, right.x, sums[0]);
+      sums[1] = Math<float>::fma(left.y, right.y, sums[1]);
+      sums[2] = Math<float>::fma(left.z, right.z, sums[2]);
+      sums[3] = Math<float>::fma(left.w, right.w, sums[3]);
     }
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
-  __device__ __forceinline__ float total(const float* a) const {
+  __device__ __forceinline__ static float total(const float* a, int size) {
     float sums[4] = {};
-    for (int row = 0; row < s.rows; row += 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[i] += a[row + i];
+    for (int row = 0; row < size; row += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(a + row);
+      sums[0] += four.x;
+      sums[1] += row + 1 < size ? four.y : 0.0f;
+      sums[2] += row + 2 < size ? four.z : 0.0f;
+      sums[3] += row + 3 < size ? four.w : 0.0f;
     }
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
+  // sum + a b, n of them from float4s; n is a multiple of 4
+  __device__ __forceinline__ static float add_dot(float sum, const float* a, const float* b, int n) {
+#pragma unroll 2
+    for (int i = 0; i < n; i += 4) {
+      const float4 left = *reinterpret_cast<const float4*>(a + i), right = *reinterpret_cast<const float4*>(b + i);
+      sum = Math<float>::fma(left.x, right.x, sum);
+      sum = Math<float>::fma(left.y, right.y, sum);
+      sum = Math<float>::fma(left.z, right.z, sum);
+      sum = Math<float>::fma(left.w, right.w, sum);
+    }
+    return sum;
   }
 };
 
@@ -379,8 +407,8 @@ struct Block {
 template <Precision kPrecision, UpdateKind kKind>
 struct Encoder : Block<kPrecision, kKind> {
   using Base = Block<kPrecision, kKind>;
-  using Base::fetch, Base::g, Base::in, Base::k_group, Base::kParts, Base::lane, Base::p, Base::row_group, Base::s,
-      Base::strides, Base::t, Base::thread, Base::warp;
+  using Base::fetch, Base::g, Base::in, Base::k_group, Base::kChunkHalves, Base::kParts, Base::lane, Base::p,
+      Base::row_group, Base::s, Base::strides, Base::t, Base::thread, Base::warp;
 
   const EncoderMemory& m;
   const int block, first_unit, columns;  // columns: of the heads, mu's and then logvar's
@@ -445,7 +473,7 @@ struct Encoder : Block<kPrecision, kKind> {
   }
 
   __device__ __forceinline__ void begin(Held& held) {
-    if (thread == 0) start_arrivals(in(m.arrived), 2);
+    if (thread == 0) start_arrivals(in(m.arrived), 3);
     Base::fetch(p.parameters.encoder_weight, held, [&](int i) { return index_of(i); });
     each_kept([&](const Trained& from, int64_t at, const Kept& kept, int i) { this->fetch(from, at, kept, i); }, true);
 #pragma unroll
@@ -470,6 +498,7 @@ struct Encoder : Block<kPrecision, kKind> {
         const int at = 32 * row_group + 8 * i + g;  // what stands beyond the minibatch is not looked at again
         row[i] = x + (at < s.most_size ? at : s.most_size - 1) * s.row_bytes + 4 * t;
       }
+      const uint16_t* weight = this->b_of_lane(in(m.weight), kUnits, strides.encoder);
       float c[2][1][4] = {};
 #pragma unroll 2
       for (int k = 16 * k_group; k < s.row_bytes; k += 16 * kGroups) {
@@ -480,7 +509,7 @@ struct Encoder : Block<kPrecision, kKind> {
           a[0][i / 2][i % 2] = halves_of_bytes(word, false);
           a[0][i / 2][i % 2 + 2] = halves_of_bytes(word, true);
         }
-        this->load_b(b, 0, in(m.weight), kUnits, strides.encoder, k);
+        this->load_b(b, 0, weight + k);
         this->multiply(c, a, b);
       }
       this->leave(in(m.sums), kUnitSumStride, c);
@@ -493,30 +522,36 @@ struct Encoder : Block<kPrecision, kKind> {
         const int u = thread % 4 * 2 + i;
         const float product = this->sum_of(in(m.sums), kUnitSumStride, row, u);
         const float a = Math<float>::fma(product, p.x_scale / kWeightScale, in(m.bias.place)[u]);
-        in(m.h)[u * strides.column + row] =
-            row < size && first_unit + u < s.encoder_units ? activate(p.activation, a) : 0.0f;
+        in(m.h)[u * kColumn + row] = row < size && first_unit + u < s.encoder_units ? activate(p.activation, a) : 0.0f;
       }
     }
     __syncthreads();
     if (row >= size) return;
     float h[kUnits];
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) h[u] = in(m.h)[u * strides.column + row];
+    for (int u = 0; u < kUnits; ++u) h[u] = in(m.h)[u * kColumn + row];
     float* parts = p.exchanged.head_parts + static_cast<int64_t>(row * s.encoder_blocks + block) * columns;
     for (int c = thread % 4; c < columns; c += 4) {
       float sum = 0.0f;
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) sum = Math<float>::fma(h[u], in(m.heads.place)[c * kUnits + u], sum);
+      for (int u = 0; u < kUnits; u += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(in(m.heads.place) + c * kUnits + u);
+        sum = Math<float>::fma(h[u], four.x, sum);
+        sum = Math<float>::fma(h[u + 1], four.y, sum);
+        sum = Math<float>::fma(h[u + 2], four.z, sum);
+        sum = Math<float>::fma(h[u + 3], four.w, sum);
+      }
       parts[c] = sum;
     }
   }
 
-  // The blocks' summands for a datapoint, [blocks, n], added up: with_sums(i, datapoint, sum of column) by one thread
-  // for each of this block's datapoints, the block's i-th, and all its columns. Two datapoints at a time.
+  // The blocks' summands for a datapoint, [blocks, kColumns latents], added up: with_sums(i, datapoint, sum of column)
+  // by one thread for each of this block's datapoints, the block's i-th, and all its columns. Two datapoints at a time.
   template <int kColumns, class WithSums>
-  __device__ __forceinline__ void add_parts(const float* parts, int blocks, int size, const WithSums& with_sums) {
+  __device__ __forceinline__ void add_parts(const float* parts, int blocks, int latents, int size,
+                                            const WithSums& with_sums) {
     constexpr int kTeam = kThreads / 2;
-    const int n = kColumns * s.latents, local = thread % kTeam, teams = kTeam / n, own = local / n;
+    const int n = kColumns * latents, local = thread % kTeam, teams = kTeam / n, own = local / n;
     float* partial = in(m.partial) + thread / kTeam * kTeam;
     for (int i = thread / kTeam; (i - thread / kTeam) * s.encoder_blocks + block < size; i += 2) {
       const int datapoint = block + i * s.encoder_blocks;
@@ -533,7 +568,7 @@ struct Encoder : Block<kPrecision, kKind> {
         float sums[kColumns] = {};
         for (int team = 0; team < teams; ++team) {
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) sums[c] += partial[team * n + c * s.latents + local];
+          for (int c = 0; c < kColumns; ++c) sums[c] += partial[team * n + c * latents + local];
         }
         with_sums(i, datapoint, local, sums);
       }
@@ -552,7 +587,7 @@ struct Encoder : Block<kPrecision, kKind> {
   }
 
   __device__ __forceinline__ void draw_latents(int size) {
-    add_parts<2>(p.exchanged.head_parts, s.encoder_blocks, size,
+    add_parts<2>(p.exchanged.head_parts, s.encoder_blocks, s.latents, size,
                  [&](int i, int datapoint, int j, const float (&sums)[2]) {
                    float* own = latent(i);
                    const float mu = sums[0] + in(m.head_bias.place)[j];
@@ -561,7 +596,7 @@ struct Encoder : Block<kPrecision, kKind> {
                    own[j] = mu;
                    own[s.latents + j] = logvar;
                    own[3 * s.latents + j] = z;
-                   p.exchanged.z[datapoint * s.latents + j] = z;
+                   p.exchanged.z[datapoint * strides.latents + j] = z;
                  });
   }
 
@@ -579,45 +614,52 @@ struct Encoder : Block<kPrecision, kKind> {
   }
 
   __device__ __forceinline__ void derive_latents(int size) {
-    add_parts<1>(p.exchanged.z_parts, s.hidden_blocks, size, [&](int i, int datapoint, int j, const float (&sums)[1]) {
-      const float* own = latent(i);
-      const float mu = own[j], logvar = own[s.latents + j], e = own[2 * s.latents + j];
-      const bool sgvb_b = p.estimator == Estimator::sgvb_b;
-      const float in_z = sgvb_b ? sums[0] : sums[0] - p.beta * own[3 * s.latents + j];
-      const float from_noise = 0.5f * standard_deviation(logvar) * (in_z * e);
-      float* to = p.exchanged.head_grads + datapoint * columns;
-      to[j] = sgvb_b ? in_z - p.beta * mu : in_z;
-      to[s.latents + j] = p.logvar_scale *
-                          (sgvb_b ? from_noise - p.beta * gaussian_kl_grad_logvar(logvar) : from_noise + 0.5f * p.beta);
-    });
+    add_parts<1>(p.exchanged.z_parts, s.hidden_blocks, strides.latents, size,
+                 [&](int i, int datapoint, int j, const float (&sums)[1]) {
+                   const float* own = latent(i);
+                   const float mu = own[j], logvar = own[s.latents + j], e = own[2 * s.latents + j];
+                   const bool sgvb_b = p.estimator == Estimator::sgvb_b;
+                   const float in_z = sgvb_b ? sums[0] : sums[0] - p.beta * own[3 * s.latents + j];
+                   const float from_noise = 0.5f * standard_deviation(logvar) * (in_z * e);
+                   float* to = p.exchanged.head_grads + j * kColumn + datapoint;
+                   to[0] = sgvb_b ? in_z - p.beta * mu : in_z;
+                   to[s.latents * kColumn] =
+                       p.logvar_scale *
+                       (sgvb_b ? from_noise - p.beta * gaussian_kl_grad_logvar(logvar) : from_noise + 0.5f * p.beta);
+                 });
   }
 
   // The gradient in own units' pre-activations, from that in the heads
-  __device__ __forceinline__ void backward(int size) {
-    for (int i = thread; i < s.rows * columns; i += kThreads) {
-      const int row = i / columns, c = i % columns;
-      in(m.head_grads)[c * strides.column + row] = row < size ? read_through(p.exchanged.head_grads + i) : 0.0f;
+  __device__ __forceinline__ void backward(int64_t step, int size) {
+    Arrival* arrived = in(m.arrived) + 2;
+    if (thread == 0) {
+      const uint32_t bytes = static_cast<uint32_t>(columns * kColumn) * sizeof(float);
+      expect_bytes(arrived, bytes);
+      copy_bulk(in(m.head_grads), p.exchanged.head_grads, bytes, arrived);
     }
-    __syncthreads();
+    wait_for_bytes(arrived, step % 2);
     const int row = thread / 4, first = thread % 4 * 2;
     if (row < s.rows) {
+      const float* grads = in(m.head_grads) + row;  // beyond the minibatch what was there before
+      const float* weight = in(m.heads.place) + first;
       float sums[2] = {};
+#pragma unroll 4
       for (int c = 0; c < columns; ++c) {
-        const float grad = in(m.head_grads)[c * strides.column + row];
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          sums[i] = Math<float>::fma(grad, in(m.heads.place)[c * kUnits + first + i], sums[i]);
+        const float grad = grads[c * kColumn];
+        const float2 two = *reinterpret_cast<const float2*>(weight + c * kUnits);
+        sums[0] = Math<float>::fma(grad, two.x, sums[0]);
+        sums[1] = Math<float>::fma(grad, two.y, sums[1]);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int u = first + i, at = u * strides.column + row;
+        const int u = first + i, at = u * kColumn + row;
         // Of the minibatch's rows and the layer's units; in(m.h) is act(0) nowhere else
         const bool there = row < size && first_unit + u < s.encoder_units;
         in(m.grad)[at] = there ? through_activation(p.activation, sums[i], in(m.h)[at]) : 0.0f;
         const auto halves = this->split(kUnitScale * in(m.grad)[at]);
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
-          in(m.grad_halves)[(part * kUnits + u) * strides.half_column + row] = halves.part[part];
+          in(m.grad_halves)[(part * kUnits + u) * kHalfColumn + row] = halves.part[part];
       }
     }
     __syncthreads();
@@ -625,19 +667,21 @@ struct Encoder : Block<kPrecision, kKind> {
 
   __device__ __forceinline__ void update_weights(Held& held, const uint8_t* x, int size, const StepFactors& factors) {
     const float scale = -1.0f / static_cast<float>(size), product_scale = scale * p.x_scale / kUnitScale;
+    const uint16_t* grads = this->b_of_lane(in(m.grad_halves), kUnits, kHalfColumn);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       if (pixel(pair) - 4 * g >= s.data_dim) break;
-      const int at = pixel(pair) < s.row_bytes ? pixel(pair) : 0;  // what stands beyond the pixels is not kept
+      const uint8_t* of_pixels = x + (pixel(pair) < s.row_bytes ? pixel(pair) : 0);  // those beyond are not kept
+      const int last = (s.most_size - 1) * s.row_bytes;  // beyond the minibatch the gradient is 0
+      int row_at = 2 * t * s.row_bytes;
       float c[2][1][4] = {};
 #pragma unroll 1
-      for (int k = 0; k < s.rows; k += 16) {
+      for (int k = 0; k < s.rows; k += 16, row_at += 16 * s.row_bytes) {
         uint32_t words[4], a[1][2][4], b[kParts][1][2];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = k + 2 * t + i / 2 * 8 + i % 2;  // beyond the minibatch the gradient is 0
-          words[i] =
-              *reinterpret_cast<const uint32_t*>(x + (row < s.most_size ? row : s.most_size - 1) * s.row_bytes + at);
+          const int at = row_at + (i / 2 * 8 + i % 2) * s.row_bytes;
+          words[i] = *reinterpret_cast<const uint32_t*>(of_pixels + (at < last ? at : last));
         }
 #pragma unroll
         for (int fragment = 0; fragment < 2; ++fragment) {  // pixels 4 g and 4 g + 1; 4 g + 2 and 4 g + 3
@@ -649,7 +693,7 @@ struct Encoder : Block<kPrecision, kKind> {
             a[0][fragment][2 * half + 1] = halves_of_bytes(pairs, true);
           }
         }
-        this->load_b(b, 0, in(m.grad_halves), kUnits, strides.half_column, k);
+        this->load_b(b, 0, grads + k);
         this->multiply(c, a, b);
       }
 #pragma unroll
@@ -663,19 +707,19 @@ struct Encoder : Block<kPrecision, kKind> {
       put_weights(held, pair);
     }
     // Threads of the last warps first, whose share of the weights is smaller
-    const int column = strides.column, weights = columns * kUnits;
+    const int weights = columns * kUnits;
     for (int i = kThreads - 1 - thread; i < weights + columns + kUnits; i += kThreads) {
       if (i < weights) {
-        const float sum = this->dot(in(m.head_grads) + i / kUnits * column, in(m.h) + i % kUnits * column);
+        const float sum = this->dot(in(m.head_grads) + i / kUnits * kColumn, in(m.h) + i % kUnits * kColumn);
         if (first_unit + i % kUnits >= s.encoder_units) continue;
         this->step(factors, Math<float>::fma(p.weight_prior, in(m.heads.place)[i], scale * sum), m.heads, i);
       } else if (i < weights + columns) {
         const int c = i - weights;
-        const float sum = this->total(in(m.head_grads) + c * column);
+        const float sum = this->total(in(m.head_grads) + c * kColumn, size);
         this->step(factors, scale * (c < s.latents ? sum : sum / p.logvar_scale), m.head_bias, c);
       } else if (first_unit + i - weights - columns < s.encoder_units) {
         const int u = i - weights - columns;
-        this->step(factors, scale * this->total(in(m.grad) + u * column), m.bias, u);
+        this->step(factors, scale * this->total(in(m.grad) + u * kColumn, size), m.bias, u);
       }
     }
     __syncthreads();
@@ -706,11 +750,13 @@ struct Encoder : Block<kPrecision, kKind> {
       this->wait(kLatents, step, s.decoder_blocks);
       this->end_of(6);
       derive_latents(size);
+      order_global_before_copies();
+      order_shared_before_copies();  // the sums have been where the gradient in the heads is copied to
       this->signal(kDone);
       this->end_of(7);
       this->wait(kDone, step, s.encoder_blocks);
       this->end_of(8);
-      backward(size);
+      backward(step, size);
       this->end_of(9);
       update_weights(held, x, size, factors);
       this->end_of(10);
@@ -724,8 +770,8 @@ struct Encoder : Block<kPrecision, kKind> {
 template <Precision kPrecision, UpdateKind kKind>
 struct Decoder : Block<kPrecision, kKind> {
   using Base = Block<kPrecision, kKind>;
-  using Base::fetch, Base::g, Base::in, Base::k_group, Base::kParts, Base::lane, Base::p, Base::row_group, Base::s,
-      Base::strides, Base::t, Base::thread, Base::warp;
+  using Base::fetch, Base::g, Base::in, Base::k_group, Base::kChunkHalves, Base::kParts, Base::lane, Base::p,
+      Base::row_group, Base::s, Base::strides, Base::t, Base::thread, Base::warp;
 
   const DecoderMemory& m;
   const int block, first_unit, first_out;
@@ -758,10 +804,10 @@ struct Decoder : Block<kPrecision, kKind> {
   template <class Do>
   __device__ __forceinline__ void each_kept(const Do& with) {
     const Parameters& own = p.parameters;
-    for (int i = thread; i < kUnits * s.latents; i += kThreads) {
-      const int unit = first_unit + i / s.latents;
-      with(own.decoder_weight, unit < s.decoder_units ? static_cast<int64_t>(unit) * s.latents + i % s.latents : -1,
-           m.hidden, i);
+    for (int i = thread; i < kUnits * strides.latents; i += kThreads) {
+      const int unit = first_unit + i / strides.latents, j = i % strides.latents;
+      const bool there = unit < s.decoder_units && j < s.latents;
+      with(own.decoder_weight, there ? static_cast<int64_t>(unit) * s.latents + j : -1, m.hidden, i);
     }
     if (thread < kUnits) {
       const int unit = first_unit + thread;
@@ -799,7 +845,7 @@ struct Decoder : Block<kPrecision, kKind> {
   }
 
   __device__ __forceinline__ void begin(Held& held) {
-    if (thread == 0) start_arrivals(in(m.arrived), kStages + 1);
+    if (thread == 0) start_arrivals(in(m.arrived), kStages + 2);
     Base::fetch(p.parameters.output_weight, held, [&](int i) { return index_of(i); });
     each_kept([&](const Trained& from, int64_t at, const Kept& kept, int i) { this->fetch(from, at, kept, i); });
 #pragma unroll
@@ -822,7 +868,7 @@ struct Decoder : Block<kPrecision, kKind> {
   __device__ __forceinline__ const uint16_t* taken(int chunk) const {
     const uint32_t number = chunks_taken + static_cast<uint32_t>(chunk), stage = number % kStages;
     wait_for_bytes(in(m.arrived) + stage, number / kStages % 2);
-    return in(m.ring) + stage * static_cast<uint32_t>(strides.chunk);
+    return in(m.ring) + stage * kChunkHalves;
   }
   __device__ __forceinline__ void release(const uint16_t* from, int chunk, int count, int chunks) const {
     __syncthreads();
@@ -831,9 +877,14 @@ struct Decoder : Block<kPrecision, kKind> {
   }
   __device__ __forceinline__ void fetch(const uint16_t* from, int chunk) const {
     const uint32_t stage = (chunks_taken + static_cast<uint32_t>(chunk)) % kStages;
-    const uint32_t halves = static_cast<uint32_t>(strides.chunk), bytes = halves * sizeof(uint16_t);
-    expect_bytes(in(m.arrived) + stage, bytes);
-    copy_bulk(in(m.ring) + stage * halves, from + static_cast<int64_t>(chunk) * halves, bytes, in(m.arrived) + stage);
+    const uint32_t bytes = static_cast<uint32_t>(s.rows * kChunk) * sizeof(uint16_t);
+    expect_bytes(in(m.arrived) + stage, kParts * bytes);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {  // of the room for rows what is used
+      const int at = part * kMostRows * kChunk;
+      copy_bulk(in(m.ring) + stage * kChunkHalves + at, from + static_cast<int64_t>(chunk) * kChunkHalves + at, bytes,
+                in(m.arrived) + stage);
+    }
   }
 
   // What a block of the decoder writes, and what it has done to the ring's memory, comes before bulk copies.
@@ -854,53 +905,58 @@ struct Decoder : Block<kPrecision, kKind> {
     chunks_taken += static_cast<uint32_t>(chunks);
   }
 
-  // What a chunk adds to a warp's part of [rows, 8 N]; B is [parts, 8 N, stride], as wide as all chunks
+  // What a chunk adds to a warp's part of [rows, 8 N]: `a` is where the lane reads of a chunk, `b` where of B
   template <int N>
-  __device__ __forceinline__ void add_chunk(float (&c)[2][N][4], const uint16_t* chunk, const uint16_t* weight,
-                                            int stride, int first_k) const {
-    const int k = 16 * k_group;
-    uint32_t a[kParts][2][4] = {}, b[kParts][N][2];
+  __device__ __forceinline__ static void add_chunk(float (&c)[2][N][4], const uint16_t* a_of_lane,
+                                                   const uint16_t* b_of_lane, int b_stride) {
+    uint32_t a[kParts][2][4], b[kParts][N][2];
 #pragma unroll
-    for (int n = 0; n < N; ++n) this->load_b(b, n, weight, 8 * N, stride, first_k + k);
+    for (int n = 0; n < N; ++n) Base::load_b(b, n, b_of_lane + 8 * n * b_stride);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (32 * row_group + 16 * i >= s.rows) continue;
-        const int row = 32 * row_group + 16 * i + lane % 16;
-        load_fragments(a[part][i], chunk + (part * s.rows + row) * kChunk + piece_of(row, k / 8 + lane / 16) * 8);
-      }
+      for (int i = 0; i < 2; ++i) load_fragments(a[part][i], a_of_lane + (part * kMostRows + 16 * i) * kChunk);
     }
-    this->multiply(c, a, b);
+    Base::multiply(c, a, b);
+  }
+  // Of 32 rows of a chunk, the 16 columns of the warp's k group
+  __device__ __forceinline__ int a_of_lane() const {
+    const int row = 32 * row_group + lane % 16;
+    return row * kChunk + piece_of(row, 2 * k_group + lane / 16) * 8;
   }
 
   __device__ __forceinline__ const uint16_t* hidden_of(int64_t step) const {
-    return p.exchanged.hidden + step % 2 * strides.hidden_chunks * strides.chunk;
+    return p.exchanged.hidden + step % 2 * strides.hidden_chunks * kChunkHalves;
   }
 
   // h' of own units, for all blocks
   __device__ __forceinline__ void forward(int64_t step, int size) {
     if (!has_hidden()) return;
-    for (int i = thread; i < size * s.latents; i += kThreads) in(m.z)[i] = read_through(p.exchanged.z + i);
-    __syncthreads();
+    Arrival* arrived = in(m.arrived) + kStages + 1;
+    if (thread == 0) {
+      const uint32_t bytes = static_cast<uint32_t>(size * strides.latents) * sizeof(float);
+      expect_bytes(arrived, bytes);
+      copy_bulk(in(m.z), p.exchanged.z, bytes, arrived);
+    }
+    wait_for_bytes(arrived, step % 2);
     const int row = thread / 4, first = thread % 4 * 2;
     if (row >= s.rows) return;
     float h[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int u = first + i;
-      float a = in(m.bias.place)[u];
-      for (int j = 0; row < size && j < s.latents; ++j)
-        a = Math<float>::fma(in(m.z)[row * s.latents + j], in(m.hidden.place)[u * s.latents + j], a);
-      h[i] = row < size && first_unit + u < s.decoder_units ? activate(p.activation, a) : 0.0f;
-      in(m.h)[u * strides.column + row] = h[i];
+      h[i] = 0.0f;
+      if (row < size && first_unit + u < s.decoder_units) {
+        h[i] = activate(p.activation, this->add_dot(in(m.bias.place)[u], in(m.z) + row * strides.latents,
+                                                    in(m.hidden.place) + u * strides.latents, strides.latents));
+      }
+      in(m.h)[u * kColumn + row] = h[i];
     }
     const typename Base::Halves two[2] = {this->split(kHiddenScale * h[0]), this->split(kHiddenScale * h[1])};
-    uint16_t* chunk =
-        const_cast<uint16_t*>(hidden_of(step)) + static_cast<int64_t>(first_unit / kChunk) * strides.chunk;
+    uint16_t* chunk = const_cast<uint16_t*>(hidden_of(step)) + static_cast<int64_t>(first_unit / kChunk) * kChunkHalves;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      uint16_t* to = chunk + (part * s.rows + row) * kChunk + piece_of(row, block % 8) * 8 + first;
+      uint16_t* to = chunk + (part * kMostRows + row) * kChunk + piece_of(row, block % 8) * 8 + first;
       *reinterpret_cast<uint32_t*>(to) = two[0].part[part] | static_cast<uint32_t>(two[1].part[part]) << 16;
     }
   }
@@ -926,8 +982,12 @@ struct Decoder : Block<kPrecision, kKind> {
   __device__ __forceinline__ void output(int64_t step, int size) {
     if (!has_outputs()) return;
     float c[2][2][4] = {};
-    stream(hidden_of(step), strides.hidden_chunks,
-           [&](int chunk, const uint16_t* at) { add_chunk<2>(c, at, in(m.weight), strides.output, chunk * kChunk); });
+    const int a = a_of_lane();
+    const uint16_t* b = this->b_of_lane(in(m.weight), kOuts, strides.output) + 16 * k_group;
+    stream(hidden_of(step), strides.hidden_chunks, [&](int, const uint16_t* at) {
+      add_chunk(c, at + a, b, strides.output);
+      b += kChunk;
+    });
     this->leave(in(m.sums), kOutSumStride, c);
     __syncthreads();
     const int row = thread / 4, first = thread % 4 * 4, out = first_out + first;
@@ -954,12 +1014,12 @@ struct Decoder : Block<kPrecision, kKind> {
         uint2 four;
         four.x = grads[0].part[part] | static_cast<uint32_t>(grads[1].part[part]) << 16;
         four.y = grads[2].part[part] | static_cast<uint32_t>(grads[3].part[part]) << 16;
-        uint16_t* to = p.exchanged.grad + static_cast<int64_t>(chunk) * strides.chunk + (part * s.rows + row) * kChunk +
-                       piece * 8 + out % 8;
+        uint16_t* to = p.exchanged.grad + static_cast<int64_t>(chunk) * kChunkHalves +
+                       (part * kMostRows + row) * kChunk + piece * 8 + out % 8;
         *reinterpret_cast<uint2*>(to) = four;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          in(m.logit_grads)[(part * kOuts + first + i) * strides.half_column + row] = grads[i].part[part];
+          in(m.logit_grads)[(part * kOuts + first + i) * kHalfColumn + row] = grads[i].part[part];
       }
     }
     in(m.log_likelihoods)[thread] = sum.log_likelihood();
@@ -979,9 +1039,11 @@ struct Decoder : Block<kPrecision, kKind> {
   __device__ __forceinline__ void backward(int size) {
     if (!has_hidden()) return;
     float c[2][1][4] = {};
+    const int a = a_of_lane();
+    const uint16_t* b = this->b_of_lane(in(m.columns), kUnits, strides.own_columns) + 16 * k_group;
     stream(p.exchanged.grad, strides.data_chunks, [&](int chunk, const uint16_t* at) {
-      if (4 * chunk + k_group < s.output_blocks)
-        add_chunk<1>(c, at, in(m.columns), strides.own_columns, chunk * kChunk);
+      if (4 * chunk + k_group < s.output_blocks) add_chunk(c, at + a, b, 0);
+      b += kChunk;
     });
     this->leave(in(m.sums), kUnitSumStride, c);
     __syncthreads();
@@ -989,7 +1051,7 @@ struct Decoder : Block<kPrecision, kKind> {
     if (row < s.rows) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int u = thread % 4 * 2 + i, at = u * strides.column + row;
+        const int u = thread % 4 * 2 + i, at = u * kColumn + row;
         const float grad = this->sum_of(in(m.sums), kUnitSumStride, row, u) / (kLogitScale * kWeightScale);
         const bool there = row < size && first_unit + u < s.decoder_units;
         in(m.grad)[at] = there ? through_activation(p.activation, grad, in(m.h)[at]) : 0.0f;
@@ -999,32 +1061,37 @@ struct Decoder : Block<kPrecision, kKind> {
     if (row >= size) return;
     float grad[kUnits];
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) grad[u] = in(m.grad)[u * strides.column + row];
-    float* parts = p.exchanged.z_parts + static_cast<int64_t>(row * s.hidden_blocks + block) * s.latents;
-    for (int j = thread % 4; j < s.latents; j += 4) {
-      float sum = 0.0f;
+    for (int u = 0; u < kUnits; ++u) grad[u] = in(m.grad)[u * kColumn + row];
+    float* parts = p.exchanged.z_parts + static_cast<int64_t>(row * s.hidden_blocks + block) * strides.latents;
+    for (int j = thread % 4 * 4; j < s.latents; j += 16) {
+      float4 sums = {};
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) sum = Math<float>::fma(grad[u], in(m.hidden.place)[u * s.latents + j], sum);
-      parts[j] = sum;
+      for (int u = 0; u < kUnits; ++u) {
+        const float4 four = *reinterpret_cast<const float4*>(in(m.hidden.place) + u * strides.latents + j);
+        sums.x = Math<float>::fma(grad[u], four.x, sums.x);
+        sums.y = Math<float>::fma(grad[u], four.y, sums.y);
+        sums.z = Math<float>::fma(grad[u], four.z, sums.z);
+        sums.w = Math<float>::fma(grad[u], four.w, sums.w);
+      }
+      *reinterpret_cast<float4*>(parts + j) = sums;
     }
   }
 
   __device__ __forceinline__ void update_hidden(int size, const StepFactors& factors) {
     if (!has_hidden()) return;
     const float scale = -1.0f / static_cast<float>(size);
-    const int weights = kUnits * s.latents;
+    const int weights = kUnits * strides.latents;
     for (int i = thread; i < weights + kUnits; i += kThreads) {
       const bool weight = i < weights;
-      const int u = weight ? i / s.latents : i - weights;
-      if (first_unit + u >= s.decoder_units) continue;
-      const float* grad = in(m.grad) + u * strides.column;
+      const int u = weight ? i / strides.latents : i - weights, j = i % strides.latents;
+      if (first_unit + u >= s.decoder_units || (weight && j >= s.latents)) continue;
+      const float* grad = in(m.grad) + u * kColumn;
       if (!weight) {
-        this->step(factors, scale * this->total(grad), m.bias, u);
+        this->step(factors, scale * this->total(grad, size), m.bias, u);
         continue;
       }
       float sum = 0.0f;
-      for (int row = 0; row < size; ++row)
-        sum = Math<float>::fma(grad[row], in(m.z)[row * s.latents + i % s.latents], sum);
+      for (int row = 0; row < size; ++row) sum = Math<float>::fma(grad[row], in(m.z)[row * strides.latents + j], sum);
       this->step(factors, Math<float>::fma(p.weight_prior, in(m.hidden.place)[i], scale * sum), m.hidden, i);
     }
   }
@@ -1033,6 +1100,9 @@ struct Decoder : Block<kPrecision, kKind> {
     if (!has_outputs()) return;
     const float scale = -1.0f / static_cast<float>(size), product_scale = scale / (kLogitScale * kHiddenScale);
     const int fragment = warp % 8;
+    // Of a chunk, 16 rows of the fragment's 16 units; 16 rows further on pieces lie as they do here.
+    const int row = lane / 16 * 8 + lane % 8, a_at = row * kChunk + piece_of(row, fragment % 4 * 2 + lane / 8 % 2) * 8;
+    const uint16_t* b_at = this->b_of_lane(in(m.logit_grads), kOuts, kHalfColumn) + fragment / 4 * 8 * kHalfColumn;
     const uint16_t* from = hidden_of(step);
     const int chunks = strides.hidden_chunks;
     open(from, chunks);
@@ -1042,15 +1112,14 @@ struct Decoder : Block<kPrecision, kKind> {
       if (first >= chunks) break;
       float c[1][1][4] = {};
       if (own < chunks) {
-        const uint16_t* at = taken(own);
+        const uint16_t* at = taken(own) + a_at;
 #pragma unroll 1
         for (int k = 0; k < s.rows; k += 16) {
           uint32_t a[kParts][1][4], b[kParts][1][2];
-          const int row = k + lane / 16 * 8 + lane % 8, piece = fragment % 4 * 2 + lane / 8 % 2;
 #pragma unroll
           for (int part = 0; part < kParts; ++part)
-            load_transposed_fragments(a[part][0], at + (part * s.rows + row) * kChunk + piece_of(row, piece) * 8);
-          this->load_b(b, 0, in(m.logit_grads) + fragment / 4 * 8 * strides.half_column, kOuts, strides.half_column, k);
+            load_transposed_fragments(a[part][0], at + (part * kMostRows + k) * kChunk);
+          this->load_b(b, 0, b_at + k);
           this->multiply(c, a, b);
         }
       }
@@ -1065,11 +1134,11 @@ struct Decoder : Block<kPrecision, kKind> {
     }
     chunks_taken += static_cast<uint32_t>(chunks);
     if (warp < kOuts && first_out + warp < s.data_dim) {
-      const uint16_t* grads = in(m.logit_grads) + warp * strides.half_column;
+      const uint16_t* grads = in(m.logit_grads) + warp * kHalfColumn;
       float sum = 0.0f;
       for (int row = lane; row < s.rows; row += kWarp) {
         sum += half_value(grads[row]);
-        if constexpr (kParts == 2) sum += half_value(grads[kOuts * strides.half_column + row]);
+        if constexpr (kParts == 2) sum += half_value(grads[kOuts * kHalfColumn + row]);
       }
 #pragma unroll
       for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -1082,7 +1151,6 @@ struct Decoder : Block<kPrecision, kKind> {
     begin(held);
     for (int64_t step = 0; step < p.steps; ++step) {
       const int size = static_cast<int>(p.size[step]);
-      const StepFactors factors = p.factors[step];
       this->wait(kZ, step, s.encoder_blocks);
       this->end_of(0);
       forward(step, size);
@@ -1103,6 +1171,7 @@ struct Decoder : Block<kPrecision, kKind> {
       backward(size);
       signal(kLatents);
       this->end_of(6);
+      const StepFactors factors = p.factors[step];
       update_hidden(size, factors);
       this->end_of(7);
       update_output(held, step, size, factors);
@@ -1208,9 +1277,9 @@ int launch_kernel(const Launch& launch, cudaStream_t stream) {
 struct HalvesOf {
   int64_t hidden, grad, columns;
   explicit HalvesOf(const Sizes& s) {
-    const Strides strides(s, 2);
-    hidden = int64_t{2} * strides.hidden_chunks * strides.chunk;
-    grad = int64_t{1} * strides.data_chunks * strides.chunk;
+    const Strides strides(s);
+    hidden = int64_t{2} * strides.hidden_chunks * halves_of_chunk(2);
+    grad = int64_t{1} * strides.data_chunks * halves_of_chunk(2);
     columns = int64_t{2} * s.hidden_blocks * kUnits * strides.own_columns;
   }
 };
@@ -1274,15 +1343,16 @@ Exchanged lay_out(const Sizes& s, int64_t most_steps, void* memory) {
     at += (count * static_cast<int64_t>(sizeof *pointer) + 255) / 256 * 256;
   };
   const HalvesOf halves(s);
+  const Strides strides(s);
   place(e.hidden, halves.hidden);
   place(e.grad, halves.grad);
   place(e.columns, halves.columns);
+  place(e.z, int64_t{1} * s.most_size * strides.latents);
+  place(e.head_grads, int64_t{2} * s.latents * kColumn);
   place(e.events, kEvents * (kBytesPerLine / 4));
   place(e.x, most_steps * s.most_size * s.row_bytes);
   place(e.head_parts, int64_t{2} * s.most_size * s.encoder_blocks * s.latents);
-  place(e.z, int64_t{1} * s.most_size * s.latents);
-  place(e.z_parts, int64_t{1} * s.most_size * s.hidden_blocks * s.latents);
-  place(e.head_grads, int64_t{2} * s.most_size * s.latents);
+  place(e.z_parts, int64_t{1} * s.most_size * s.hidden_blocks * strides.latents);
   place(e.cycles, int64_t{kPhases} * (s.encoder_blocks + s.decoder_blocks));
   place(e.ll_parts, most_steps * s.output_blocks);
   place(e.kl_parts, most_steps * s.most_size);
@@ -1308,8 +1378,8 @@ int launch(const Gather& gather, cudaStream_t stream) {
 
 int launch(const Launch& launch, float* terms, cudaStream_t stream) {
   const Exchanged& e = launch.exchanged;
-  // What no block writes, beyond the last unit and pixel, is multiplied by zeros: it must not be NaN. Events begin at
-  // 0.
+  // What no block writes, beyond the last unit, pixel, latent and row, is multiplied by zeros: it must not be NaN.
+  // Events begin at 0.
   const size_t bytes =
       reinterpret_cast<uintptr_t>(e.events + kEvents * (kBytesPerLine / 4)) - reinterpret_cast<uintptr_t>(e.hidden);
   if (cudaError_t error = cudaMemsetAsync(e.hidden, 0, bytes, stream)) return error;

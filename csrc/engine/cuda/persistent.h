@@ -50,15 +50,16 @@ struct Sizes {
 };
 
 // What blocks exchange and the launch leaves. Halves lie as bulk copies take them: chunks of 64 columns, of each the
-// rows' hi and then the rows' lo, a row of 128 bytes in pieces of 16 that swap places (see `piece_of`).
+// hi of 128 rows and then their lo, a row of 128 bytes in pieces of 16 that swap places (see `piece_of`). Z' is Z
+// rounded up to fours.
 struct Exchanged {
   uint8_t* x;         // [steps, most_size, row_bytes]
   float* head_parts;  // [most_size, encoder_blocks, 2 Z]
-  float* z;           // [most_size, Z]
-  uint16_t* hidden;   // h', two of them, in turns: [2, chunks, 2, rows, 64]
-  uint16_t* grad;     // [chunks, 2, rows, 64]
-  float* z_parts;     // [most_size, hidden_blocks, Z]: of the gradient in z
-  float* head_grads;  // [most_size, 2 Z]
+  float* z;           // [most_size, Z']
+  uint16_t* hidden;   // h', two of them, in turns: [2, chunks, 2, 128, 64]
+  uint16_t* grad;     // [chunks, 2, 128, 64]
+  float* z_parts;     // [most_size, hidden_blocks, Z']: of the gradient in z
+  float* head_grads;  // [2 Z, 132]: mu's and then logvar's, of each the datapoints'
   uint16_t* columns;  // [hidden_blocks, 2, 8, column_stride]: the output's weights of own units
   double* ll_parts;   // [steps, output_blocks]
   float* kl_parts;    // [steps, most_size]
