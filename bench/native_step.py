@@ -2,12 +2,14 @@
 
 python -m bench.native_step [--out DIR] [--quick]    writes DIR/native_step.json and native_step.txt
 python -m bench.native_step --once                   small networks of every kind, for compute-sanitizer
-python -m bench.native_step --timeline               where the microseconds of a step go, launch by launch
+python -m bench.native_step --timeline               where the microseconds of a step go, launch by launch,
+                                                     and by the persistent kernel phase by phase
 
 Right: the paper's model on MNIST, exact and fast, against the reference engine in float64 on the same GPU,
 with the same seed, order and noise. The exit status is 1 where `exact` strays by more than 0.05 nat in the
 mean of 100 steps, two equal runs differ in a bit, or a model beside others does from the same model alone.
-Timed is run() as the trainer calls it, copies of rows and terms included.
+Timed is run() as the trainer calls it, copies of rows and terms included. A step is a sequence of launches
+or, where it says so, of the persistent kernel that stays on the GPU for many steps.
 """
 
 from __future__ import annotations
@@ -98,8 +100,13 @@ def paper_model(hidden: int = 500, latent: int = 20) -> Any:
     return vf.VAE(data_dim=784, hidden_dims=[hidden], latent_dim=latent, likelihood="bernoulli", seed=SEED)
 
 
-def check(data: Tensor, n: int, batch_size: int = 100, accumulate_steps: int = 100) -> dict[str, float]:
-    """Largest differences from the reference in means over up to 100 steps, nats; nan if a repeat differs."""
+def check(
+    data: Tensor, n: int, batch_size: int = 100, accumulate_steps: int = 100, persistent: bool = False
+) -> dict[str, float]:
+    """Largest differences from the reference in means over up to 100 steps, nats; nan if a repeat differs.
+
+    With ``persistent`` nan too if a number was out of that kernel's range, and none where it is not to be had.
+    """
     from vae_fast import reference
     from vae_fast.batches import ArraySource
     from vae_fast.datasets import Prepared
@@ -122,11 +129,16 @@ def check(data: Tensor, n: int, batch_size: int = 100, accumulate_steps: int = 1
                 precision=precision,
                 batch_size=batch_size,
                 options={**OPTIONS, "accumulate_steps": accumulate_steps},
+                persistent=persistent,
             )
+            if persistent and not step.persistent:
+                return {}
             terms = step.run(*steps_of(len(data), batch_size, 0, n), [0])[0]
             runs.append([terms, *(p.cpu() for p in parameters)])
+            if step.persistent != persistent:
+                runs.append([terms * math.nan])
         means = (runs[0][0].double() - wanted).reshape(-1, min(n, 100), 3).mean(dim=1)
-        same = all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+        same = len(runs) == 2 and all(torch.equal(*pair) for pair in zip(*runs, strict=True))
         found[precision] = float(means.abs().max()) if same else math.nan
     return found
 
@@ -151,12 +163,23 @@ def side_by_side(data: Tensor, n: int) -> list[str]:
 
 
 def measure(
-    data: Tensor, hidden: int, batch_size: int, precision: str, seconds: float, models: int = 1
+    data: Tensor,
+    hidden: int,
+    batch_size: int,
+    precision: str,
+    seconds: float,
+    models: int = 1,
+    persistent: bool = False,
 ) -> dict[str, Any]:
     """Microseconds per step of a model, of calls of run(), the first one left out: it captures graphs."""
     n = max(50, 100_000 // batch_size // models)
     step, _ = make_step(
-        [paper_model(hidden)] * models, data, precision=precision, batch_size=batch_size, most_steps=n
+        [paper_model(hidden)] * models,
+        data,
+        precision=precision,
+        batch_size=batch_size,
+        most_steps=n,
+        persistent=persistent,
     )
     steps = steps_of(len(data), batch_size, 0, n, models)
     terms = step.run(*steps, [0] * models)
@@ -174,6 +197,7 @@ def measure(
         "batch_size": batch_size,
         "precision": precision,
         "models": models,
+        "persistent": step.persistent,
         "us_per_step": round(statistics.median(times), 2),
         "least": round(min(times), 2),
         "most": round(max(times), 2),
@@ -199,6 +223,17 @@ def timeline(data: Tensor, precision: str, models: int = 1) -> list[tuple[str, f
     results = profile.profiler.kineto_results
     events = [(e.start_ns(), e.duration_ns(), e.name()) for e in results.events() if "kernel" in e.name()]
     return by_launch(sorted(events))
+
+
+def phases(data: Tensor, precision: str) -> list[tuple[str, str, float, float]]:
+    """The phases of a step of the persistent kernel in their order: half, phase, cycles of a block at the
+    median and at most; none where this GPU or build does not take it.
+    """
+    n = 200
+    step, _ = make_step([paper_model()], data, precision=precision, most_steps=n, persistent=True, timed=True)
+    for _ in range(2):
+        step.run(*steps_of(len(data), 100, 0, n), [0])
+    return [(half, name, statistics.median(of), max(of)) for half, name, of in step.phases]
 
 
 def by_launch(events: Sequence[tuple[int, int, str]]) -> list[tuple[str, float, float]]:
@@ -256,6 +291,7 @@ def once(device: torch.device) -> int:
             lr=0.001,
             dynamic=likelihood == "bernoulli",
             batch_size=batch_size,
+            persistent=done % 2 == 0,
         )
         terms = step.run(*steps_of(23, batch_size, 0, 5, models), [0] * models)
         assert terms.isfinite().all() and all(p.isfinite().all() for p in parameters)
@@ -289,10 +325,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{precision}: microseconds after the launch ahead, and of its own")
             for name, gone, own in timeline(data, precision):
                 print(f"  {name:<16} {gone:6.2f} {own:6.2f}")
+            print(f"{precision}, persistent: cycles of a block, median and most")
+            for half, name, median, most in phases(data, precision):
+                print(f"  {half} {name:<28} {median:8.0f} {most:8.0f}")
         return 0
     strays = check(data, 300 if arguments.quick else 600)
     for name, stray in check(data, 20, 2048, accumulate_steps=0).items():  # in large tiles
         strays[f"{name}, batch 2048"] = stray
+    for name, stray in check(data, 300 if arguments.quick else 600, persistent=True).items():
+        strays[f"{name}, persistent"] = stray
     differ = side_by_side(data, 100)
     too_far = [name for name, stray in strays.items() if name.startswith("exact") and stray > TOLERANCE]
     right = not differ and not too_far and not any(map(math.isnan, strays.values()))
@@ -300,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines += [
         f"{name}: at most {stray:.4f} nat from float64 in means over steps"
         if not math.isnan(stray)
-        else f"{name}: two equal runs differ"
+        else f"{name}: two equal runs differ, or a number was out of range"
         for name, stray in strays.items()
     ]
     lines.append(f"side by side, bits that differ from alone: {', '.join(differ) or 'none'}")
@@ -312,12 +353,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     hiddens = (500,) if arguments.quick else (500, 2000)
     shapes = [(1, *shape) for shape in itertools.product(hiddens, (100, 1000, 8192), ("exact", "fast"))]
     shapes += [(models, 500, 100, precision) for models in (8, 32) for precision in ("exact", "fast")]
-    for models, hidden, batch_size, precision in shapes:
-        found = measure(data, hidden, batch_size, precision, 1.0, models)
+    kinds = [(*shape, False) for shape in shapes] + [(1, 500, 100, how, True) for how in ("exact", "fast")]
+    for models, hidden, batch_size, precision, persistent in kinds:
+        found = measure(data, hidden, batch_size, precision, 1.0, models, persistent)
         measured.append(found)
         lines.append(
             f"{models:>6} {hidden:>6} {batch_size:>6} {precision:>9}  "
             f"{found['us_per_step']:.2f}, {found['least']:.2f}, {found['most']:.2f}"
+            + ("  persistent" if found["persistent"] else "")
         )
     text = "\n".join(lines) + "\n"
     print(text)
