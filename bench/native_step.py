@@ -105,7 +105,7 @@ def check(
 ) -> dict[str, float]:
     """Largest differences from the reference in means over up to 100 steps, nats; nan if a repeat differs.
 
-    With ``persistent`` nan too if a number was out of that kernel's range, and none where it is not to be had.
+    With ``persistent`` nan too if a number was out of its range, and none where it is not to be had.
     """
     from vae_fast import reference
     from vae_fast.batches import ArraySource
