@@ -486,19 +486,23 @@ def test_steps_of_the_persistent_kernel_on_a_gpu_leave_what_the_reference_leaves
     assert engine.is_persistent()
 
 
-@pytest.mark.parametrize("name", ["wide", "more pixels than units", "more units than pixels"])
+@pytest.mark.parametrize("name", ["widths of fours", "more pixels than units", "more units than pixels"])
 def test_the_persistent_kernel_has_the_same_bits_in_whatever_order_its_blocks_run(
     library: ctypes.CDLL, made: list[EmulatedEngine], name: str
 ) -> None:
     case = PERSISTENT[name]
     steps = schedule_of(Reference(case).source, 0, 5)
     found = []
-    for backwards, cuts in ((0, (0, 5)), (1, (0, 5)), (1, (0, 1, 4, 5))):
-        library.engine_blocks_backwards(ctypes.c_int64(backwards))
+    encoder = -(-case.encoder_hidden[0] // 8)
+    decoder = max(-(-case.decoder_hidden[0] // 8), -(-case.data_dim // 16))
+    slow_ones = (0, encoder - 1, encoder, encoder + decoder - 1)
+    turns = [(0, -1, (0, 5)), (1, -1, (0, 1, 4, 5)), *((0, slow, (0, 5)) for slow in slow_ones)]
+    for backwards, slow, cuts in turns:
+        library.engine_turns(ctypes.c_int64(backwards), ctypes.c_int64(slow))
         made.append(engine := engine_of(library, case, most_steps=5, persistent=True))
         terms = [engine.run(*(part[a:b] for part in steps)) for a, b in pairwise(cuts)]
         found.append([np.concatenate(terms), *engine.parameters(), *engine.parameters(1)])
-    library.engine_blocks_backwards(ctypes.c_int64(0))
+    library.engine_turns(ctypes.c_int64(0), ctypes.c_int64(-1))
     for other in found[1:]:
         assert all(np.array_equal(*pair) for pair in zip(found[0], other, strict=True))
 

@@ -134,6 +134,7 @@ struct Block {
   ucontext_t scheduler;
   int current = 0;
   bool progress = false;
+  bool paused = false;  // until no other block can go on
   std::function<void()> body;
   float* shared = nullptr;  // dynamic
 };
@@ -366,10 +367,20 @@ inline void run_grid(const dim3& grid, const dim3& threads, size_t shared_bytes,
       }
 }
 
-// Whether the blocks of a cooperative launch take turns from the last to the first
-inline bool& backwards() {
-  static bool instance = false;
+// Of cooperative launches: whether blocks take turns from the last to the first, and which block, if any, is so slow
+// that whenever it has let others go on they go as far as they can before it does.
+struct Turns {
+  bool backwards = false;
+  int64_t slow_block = -1;
+};
+inline Turns& turns() {
+  static Turns instance;
   return instance;
+}
+inline void pause_if_slow() {
+  if (static_cast<int64_t>(block().index.x) != turns().slow_block) return;
+  block().paused = true;
+  while (block().paused) wait_for_others();
 }
 
 inline void run_cooperative_grid(const dim3& grid, const dim3& threads, size_t shared_bytes,
@@ -385,7 +396,7 @@ inline void run_cooperative_grid(const dim3& grid, const dim3& threads, size_t s
     blocks.back()->body = body;
     begin(*blocks.back(), dim3(i), shared_bytes);
   }
-  if (backwards()) std::reverse(blocks.begin(), blocks.end());
+  if (turns().backwards) std::reverse(blocks.begin(), blocks.end());
   for (bool all_done = false; !all_done;) {
     bool progress = false;
     all_done = true;
@@ -394,7 +405,10 @@ inline void run_cooperative_grid(const dim3& grid, const dim3& threads, size_t s
       all_done = all_done && passed.done;
       progress = progress || passed.progress;
     }
-    if (!all_done && !progress) stop("blocks wait for each other");
+    if (all_done || progress) continue;
+    const auto paused = std::find_if(blocks.begin(), blocks.end(), [](const auto& b) { return b->paused; });
+    if (paused == blocks.end()) stop("blocks wait for each other");
+    (*paused)->paused = false;
   }
 }
 

@@ -138,7 +138,7 @@ int64_t engine_launches_per_step(void* engine) { return static_cast<Engine*>(eng
 
 int64_t engine_is_persistent(void* engine) { return static_cast<Engine*>(engine)->schedule->persistent(); }
 
-void engine_blocks_backwards(int64_t yes) { emulation::backwards() = yes != 0; }
+void engine_turns(int64_t backwards, int64_t slow_block) { emulation::turns() = {backwards != 0, slow_block}; }
 
 void engine_destroy(void* engine) {
   auto* e = static_cast<Engine*>(engine);

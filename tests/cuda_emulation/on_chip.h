@@ -114,6 +114,7 @@ inline void order_shared_before_copies() {}
 inline void add_to(uint32_t* event) {
   ++*event;
   emulation::block().progress = true;
+  emulation::pause_if_slow();
 }
 
 inline void wait_for(const uint32_t* event, uint32_t target) {
