@@ -527,6 +527,29 @@ def test_a_number_beyond_a_half_hands_the_steps_to_the_launches(
     assert all(np.array_equal(*pair, equal_nan=True) for pair in zip(*found, strict=True))
 
 
+def test_a_number_that_leaves_the_range_of_a_half_midway_hands_over_from_there(
+    library: ctypes.CDLL, made: list[EmulatedEngine]
+) -> None:
+    case = replace(PERSISTENT["SGD"], options={"lr": 0.5, "weight_decay": 6.0}, steps=12)
+    steps = schedule_of(Reference(case).source, 0, case.steps)
+    made.append(probe := engine_of(library, case, persistent=True))
+    taken, found = 0, []
+    while probe.is_persistent() and taken < case.steps:  # two steps to a launch
+        kept = probe.parameters()
+        found.append(probe.run(*(part[taken : taken + 2] for part in steps)))
+        taken += 2
+    taken -= 2
+    assert 0 < taken < case.steps
+    made.append(whole := engine_of(library, case, most_steps=case.steps, persistent=True))
+    terms = whole.run(*steps)
+    assert not whole.is_persistent()
+    assert np.array_equal(terms[:taken], np.concatenate(found[:-1]))
+    made.append(rest := engine_of(library, case, weights=kept))
+    assert np.array_equal(terms[taken:], rest.run(*(part[taken:] for part in steps)), equal_nan=True)
+    for pair in zip(whole.parameters(), rest.parameters(), strict=True):
+        assert np.array_equal(*pair, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "change",
     [

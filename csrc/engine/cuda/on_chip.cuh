@@ -117,21 +117,27 @@ class Patience {
   long long start_;
 };
 
+__device__ __forceinline__ bool bytes_are_here(Arrival* arrival, uint32_t phase) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(done)
+      : "r"(shared_address(arrival)), "r"(phase)
+      : "memory");
+  return done != 0;
+}
+
+// All lanes of a warp call it together.
 __device__ __forceinline__ void wait_for_bytes(Arrival* arrival, uint32_t phase) {
-  const Patience patience;
-  for (uint32_t done = 0;;) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(shared_address(arrival)), "r"(phase)
-        : "memory");
-    if (done) return;
-    patience.wait();
+  if (!bytes_are_here(arrival, phase)) {
+    const Patience patience;
+    while (!bytes_are_here(arrival, phase)) patience.wait();
   }
+  __syncwarp();
 }
 
 // --- events ----------------------------------------------------------------------------------------------------------

@@ -96,7 +96,8 @@ struct Strides {
         own_columns(data_chunks * kChunk + 8) {}
 };
 
-constexpr int kUnitSumStride = kUnits + 4, kOutSumStride = kOuts + 4;
+// Of the sums of the k groups: rows below each other, so that pairs are written to different banks, or fours read so
+constexpr int kUnitSumStride = kUnits, kOutSumStride = kOuts;
 
 struct EncoderMemory {
   Place<Arrival> arrived;       // [3]: of x, of head_grads
@@ -110,6 +111,7 @@ struct EncoderMemory {
   Kept bias;                    // [kUnits]
   Place<float> partial;         // [kThreads]
   Place<float> latents;         // [own datapoints, 4, Z]: mu, logvar, eps, z
+  Place<int64_t> cycles;        // [kPhases]
   int bytes;
 
   EncoderMemory(const Sizes& s, int parts) {
@@ -128,6 +130,7 @@ struct EncoderMemory {
     bias = room.take_kept(kUnits);
     partial = room.take<float>(kThreads);
     latents = room.take<float>(ceil_of(s.most_size, s.encoder_blocks) * 4 * s.latents);
+    cycles = room.take<int64_t>(kPhases);
     bytes = room.used();
   }
 };
@@ -145,6 +148,7 @@ struct DecoderMemory {
   Place<float> log_likelihoods;  // [kThreads]
   Kept hidden, bias;             // [kUnits, latents], [kUnits]
   Kept output_bias;              // [kOuts]
+  Place<int64_t> cycles;         // [kPhases]
   int bytes;
 
   DecoderMemory(const Sizes& s, int parts) {
@@ -164,6 +168,7 @@ struct DecoderMemory {
     hidden = room.take_kept(kUnits * strides.latents);
     bias = room.take_kept(kUnits);
     output_bias = room.take_kept(kOuts);
+    cycles = room.take<int64_t>(kPhases);
     bytes = room.used();
   }
 };
@@ -204,12 +209,20 @@ struct Block {
 
   // A phase of a step has ended. Its time is counted; and addresses that follow from the thread's place are made anew,
   // rather than kept over all phases in registers that there are not.
-  __device__ __forceinline__ void end_of(int phase) {
+  __device__ __forceinline__ void end_of(int phase, const Place<int64_t>& spent) {
     look_again();
     if (!p.timed || thread != 0) return;
     const int64_t now = cycles();
-    p.exchanged.cycles[static_cast<int64_t>(blockIdx.x) * kPhases + phase] += now - last_look;
+    in(spent)[phase] += now - last_look;
     last_look = now;
+  }
+  __device__ __forceinline__ void start_clock(const Place<int64_t>& spent) {
+    for (int phase = 0; thread == 0 && phase < kPhases; ++phase) in(spent)[phase] = 0;
+    if (p.timed) last_look = cycles();
+  }
+  __device__ __forceinline__ void leave_cycles(const Place<int64_t>& spent) const {
+    int64_t* to = p.exchanged.cycles + static_cast<int64_t>(blockIdx.x) * kPhases;
+    for (int phase = 0; p.timed && thread == 0 && phase < kPhases; ++phase) to[phase] = in(spent)[phase];
   }
   __device__ __forceinline__ void look_again() {
     thread = opaque(static_cast<int>(threadIdx.x));
@@ -236,7 +249,8 @@ struct Block {
     if (thread == 0) add_to(event(which));
   }
 
-  // All threads, until so many blocks have signalled it in each step up to this one
+  // All threads, until so many blocks have signalled it in each step up to this one. What they have written the first
+  // thread may then take by bulk copies.
   __device__ __forceinline__ void wait(Event which, int64_t step, int blocks) const {
     if (thread == 0) {
       wait_for(event(which), static_cast<uint32_t>((step + 1) * blocks));
@@ -252,6 +266,10 @@ struct Block {
     out_of_range = out_of_range || !(fabsf(scaled) <= 65504.0f);
     const uint16_t high = half_bits(scaled);
     return {{high, kParts == 2 ? half_bits(scaled - half_value(high)) : uint16_t{0}}};
+  }
+
+  __device__ __forceinline__ static uint32_t pair_of(const Halves (&two)[2], int part) {
+    return two[0].part[part] | static_cast<uint32_t>(two[1].part[part]) << 16;
   }
 
   // c += a b over 16 k; see persistent.h
@@ -292,20 +310,39 @@ struct Block {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         float* to = sums + (k_group * kMostRows + row) * stride + 8 * n + 2 * t;
-        to[0] = c[m][n][0];
-        to[1] = c[m][n][1];
-        to[8 * stride] = c[m][n][2];
-        to[8 * stride + 1] = c[m][n][3];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float2 two;
+          two.x = c[m][n][2 * half];
+          two.y = c[m][n][2 * half + 1];
+          *reinterpret_cast<float2*>(to + half * 8 * stride) = two;
+        }
       }
     }
   }
 
-  // The sum over the k groups
-  __device__ __forceinline__ float sum_of(const float* sums, int stride, int row, int col) const {
-    float sum = 0.0f;
+  // The sums over the k groups of two, or four, neighbours
+  __device__ __forceinline__ static float2 two_sums(const float* sums, int stride, int row, int col) {
+    float2 found = {};
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) sum += sums[(k * kMostRows + row) * stride + col];
-    return sum;
+    for (int k = 0; k < kGroups; ++k) {
+      const float2 part = *reinterpret_cast<const float2*>(sums + (k * kMostRows + row) * stride + col);
+      found.x += part.x;
+      found.y += part.y;
+    }
+    return found;
+  }
+  __device__ __forceinline__ static void four_sums(const float* sums, int stride, int row, int col, float (&found)[4]) {
+#pragma unroll
+    for (float& one : found) one = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      const float4 part = *reinterpret_cast<const float4*>(sums + (k * kMostRows + row) * stride + col);
+      found[0] += part.x;
+      found[1] += part.y;
+      found[2] += part.z;
+      found[3] += part.w;
+    }
   }
 
   __device__ __forceinline__ void step(const StepFactors& factors, float gradient, float& w, float& s0,
@@ -452,11 +489,13 @@ struct Encoder : Block<kPrecision, kKind> {
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const auto halves = this->split(kWeightScale * held.w[8 * pair + 4 * u + i]);
+      for (int i = 0; i < 4; i += 2) {
+        const float* own = held.w + 8 * pair + 4 * u + i;
+        const typename Base::Halves two[2] = {this->split(kWeightScale * own[0]), this->split(kWeightScale * own[1])};
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
-          in(m.weight)[(part * kUnits + 2 * t + u) * strides.encoder + place + i / 2 * 8 + i % 2] = halves.part[part];
+          *reinterpret_cast<uint32_t*>(in(m.weight) + (part * kUnits + 2 * t + u) * strides.encoder + place + i * 4) =
+              Base::pair_of(two, part);
       }
     }
   }
@@ -517,10 +556,11 @@ struct Encoder : Block<kPrecision, kKind> {
     __syncthreads();
     const int row = thread / 4;
     if (row < s.rows) {
+      const float2 products = this->two_sums(in(m.sums), kUnitSumStride, row, thread % 4 * 2);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int u = thread % 4 * 2 + i;
-        const float product = this->sum_of(in(m.sums), kUnitSumStride, row, u);
+        const float product = i == 0 ? products.x : products.y;
         const float a = Math<float>::fma(product, p.x_scale / kWeightScale, in(m.bias.place)[u]);
         in(m.h)[u * kColumn + row] = row < size && first_unit + u < s.encoder_units ? activate(p.activation, a) : 0.0f;
       }
@@ -545,8 +585,8 @@ struct Encoder : Block<kPrecision, kKind> {
     }
   }
 
-  // The blocks' summands for a datapoint, [blocks, kColumns latents], added up: with_sums(i, datapoint, sum of column)
-  // by one thread for each of this block's datapoints, the block's i-th, and all its columns. Two datapoints at a time.
+  // The blocks' summands for a datapoint, [blocks, kColumns, latents], added up: with_sums(i, datapoint, j, sums) for
+  // each datapoint of this block, its i-th, and each latent j, by a thread of its own. Two datapoints at a time.
   template <int kColumns, class WithSums>
   __device__ __forceinline__ void add_parts(const float* parts, int blocks, int latents, int size,
                                             const WithSums& with_sums) {
@@ -558,9 +598,18 @@ struct Encoder : Block<kPrecision, kKind> {
       __syncthreads();
       if (datapoint < size && own < teams) {
         const float* from = parts + static_cast<int64_t>(datapoint) * blocks * n + local % n;
+        constexpr int kAhead = 6 * kColumns;  // loads under way at a time: all of them in the paper's model
         float sum = 0.0f;
-#pragma unroll 8
-        for (int part = own; part < blocks; part += teams) sum += read_through(from + part * n);
+        for (int first = own; first < blocks; first += kAhead * teams) {
+          float loaded[kAhead];
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) {
+            const int part = first + i * teams;
+            loaded[i] = read_through(from + (part < blocks ? part : first) * n);
+          }
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) sum += first + i * teams < blocks ? loaded[i] : 0.0f;
+        }
         partial[local] = sum;
       }
       __syncthreads();
@@ -577,9 +626,9 @@ struct Encoder : Block<kPrecision, kKind> {
 
   __device__ __forceinline__ float* latent(int i) const { return in(m.latents) + i * 4 * s.latents; }
 
-  __device__ __forceinline__ void draw_noise(int64_t step, int size) {
-    const int64_t seed = p.seeds[2 * step];
-    for (int e = thread; e / s.latents * s.encoder_blocks + block < size; e += kThreads) {
+  // By the last warps first: the first thread waits for the heads meanwhile.
+  __device__ __forceinline__ void draw_noise(int64_t seed, int size) {
+    for (int e = kThreads - 1 - thread; e / s.latents * s.encoder_blocks + block < size; e += kThreads) {
       const int i = e / s.latents, j = e % s.latents;
       const int64_t datapoint = block + i * s.encoder_blocks;
       latent(i)[2 * s.latents + j] = philox_normal(seed, datapoint * s.latents + j);
@@ -653,7 +702,7 @@ struct Encoder : Block<kPrecision, kKind> {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int u = first + i, at = u * kColumn + row;
-        // Of the minibatch's rows and the layer's units; in(m.h) is act(0) nowhere else
+        // Elsewhere h is 0, which for softplus is no activation.
         const bool there = row < size && first_unit + u < s.encoder_units;
         in(m.grad)[at] = there ? through_activation(p.activation, sums[i], in(m.h)[at]) : 0.0f;
         const auto halves = this->split(kUnitScale * in(m.grad)[at]);
@@ -728,39 +777,43 @@ struct Encoder : Block<kPrecision, kKind> {
   __device__ __forceinline__ void run() {
     Held held;
     begin(held);
+    this->start_clock(m.cycles);
     for (int64_t step = 0; step < p.steps; ++step) {
       const int size = static_cast<int>(p.size[step]);
+      const int64_t seed = p.seeds[2 * step];
       const uint8_t* x = x_of(step);
       if (step + 1 < p.steps) fetch_x(step + 1);
       wait_for_bytes(in(m.arrived) + step % 2, step / 2 % 2);
-      this->end_of(0);
+      this->end_of(0, m.cycles);
       forward(x, size);
       this->signal(kHeads);
-      this->end_of(1);
-      draw_noise(step, size);
+      this->end_of(1, m.cycles);
+      draw_noise(seed, size);
       const StepFactors factors = p.factors[step];
-      this->end_of(2);
+      this->end_of(2, m.cycles);
       this->wait(kHeads, step, s.encoder_blocks);
-      this->end_of(3);
+      this->end_of(3, m.cycles);
       draw_latents(size);
+      order_global_before_copies();
       this->signal(kZ);
-      this->end_of(4);
+      this->end_of(4, m.cycles);
       leave_kl(step, size);
-      this->end_of(5);
+      order_shared_before_copies();  // the sums have been where the gradient in the heads is copied to
+      this->end_of(5, m.cycles);
       this->wait(kLatents, step, s.decoder_blocks);
-      this->end_of(6);
+      this->end_of(6, m.cycles);
       derive_latents(size);
       order_global_before_copies();
-      order_shared_before_copies();  // the sums have been where the gradient in the heads is copied to
       this->signal(kDone);
-      this->end_of(7);
+      this->end_of(7, m.cycles);
       this->wait(kDone, step, s.encoder_blocks);
-      this->end_of(8);
+      this->end_of(8, m.cycles);
       backward(step, size);
-      this->end_of(9);
+      this->end_of(9, m.cycles);
       update_weights(held, x, size, factors);
-      this->end_of(10);
+      this->end_of(10, m.cycles);
     }
+    this->leave_cycles(m.cycles);
     end(held);
   }
 };
@@ -839,7 +892,7 @@ struct Decoder : Block<kPrecision, kKind> {
             p.exchanged.columns +
             static_cast<int64_t>((owner * kParts + part) * kUnits + at.unit % kUnits) * strides.own_columns +
             first_out + at.out;
-        *reinterpret_cast<uint32_t*>(column) = two[0].part[part] | static_cast<uint32_t>(two[1].part[part]) << 16;
+        *reinterpret_cast<uint32_t*>(column) = Base::pair_of(two, part);
       }
     }
   }
@@ -861,23 +914,24 @@ struct Decoder : Block<kPrecision, kKind> {
 
   // Chunks come through the ring, one after another. All threads call these together: `open` when none looks at the
   // ring any more, then for every chunk `taken`, which says where it lies, and for every one or more of them `release`.
-  __device__ __forceinline__ void open(const uint16_t* from, int chunks) const {
+  // `rows` of a chunk are copied; what is in the others is old.
+  __device__ __forceinline__ void open(const uint16_t* from, int rows, int chunks) const {
     if (thread != 0) return;
-    for (int chunk = 0; chunk < kStages && chunk < chunks; ++chunk) fetch(from, chunk);
+    for (int chunk = 0; chunk < kStages && chunk < chunks; ++chunk) fetch(from, rows, chunk);
   }
   __device__ __forceinline__ const uint16_t* taken(int chunk) const {
     const uint32_t number = chunks_taken + static_cast<uint32_t>(chunk), stage = number % kStages;
     wait_for_bytes(in(m.arrived) + stage, number / kStages % 2);
     return in(m.ring) + stage * kChunkHalves;
   }
-  __device__ __forceinline__ void release(const uint16_t* from, int chunk, int count, int chunks) const {
+  __device__ __forceinline__ void release(const uint16_t* from, int rows, int chunk, int count, int chunks) const {
     __syncthreads();
     if (thread != 0) return;
-    for (int next = chunk + kStages; next < chunk + kStages + count && next < chunks; ++next) fetch(from, next);
+    for (int next = chunk + kStages; next < chunk + kStages + count && next < chunks; ++next) fetch(from, rows, next);
   }
-  __device__ __forceinline__ void fetch(const uint16_t* from, int chunk) const {
+  __device__ __forceinline__ void fetch(const uint16_t* from, int rows, int chunk) const {
     const uint32_t stage = (chunks_taken + static_cast<uint32_t>(chunk)) % kStages;
-    const uint32_t bytes = static_cast<uint32_t>(s.rows * kChunk) * sizeof(uint16_t);
+    const uint32_t bytes = static_cast<uint32_t>(rows * kChunk) * sizeof(uint16_t);
     expect_bytes(in(m.arrived) + stage, kParts * bytes);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {  // of the room for rows what is used
@@ -887,20 +941,13 @@ struct Decoder : Block<kPrecision, kKind> {
     }
   }
 
-  // What a block of the decoder writes, and what it has done to the ring's memory, comes before bulk copies.
-  __device__ __forceinline__ void signal(Event which) const {
-    order_global_before_copies();
-    order_shared_before_copies();
-    Base::signal(which);
-  }
-
   template <class With>
-  __device__ __forceinline__ void stream(const uint16_t* from, int chunks, const With& with) {
-    open(from, chunks);
+  __device__ __forceinline__ void stream(const uint16_t* from, int rows, int chunks, const With& with) {
+    open(from, rows, chunks);
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       with(chunk, taken(chunk));
-      release(from, chunk, 1, chunks);
+      release(from, rows, chunk, 1, chunks);
     }
     chunks_taken += static_cast<uint32_t>(chunks);
   }
@@ -957,15 +1004,16 @@ struct Decoder : Block<kPrecision, kKind> {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       uint16_t* to = chunk + (part * kMostRows + row) * kChunk + piece_of(row, block % 8) * 8 + first;
-      *reinterpret_cast<uint32_t*>(to) = two[0].part[part] | static_cast<uint32_t>(two[1].part[part]) << 16;
+      *reinterpret_cast<uint32_t*>(to) = Base::pair_of(two, part);
     }
   }
 
-  // While others finish theirs
+  // While others finish theirs, and by the last warps first
   __device__ __forceinline__ void fetch_x(int64_t step, int size) {
-    if (!has_outputs() || thread >= size) return;
-    const uint8_t* from = p.exchanged.x + (step * s.most_size + thread) * s.row_bytes + first_out;
-    *reinterpret_cast<uint4*>(in(m.x) + thread * kOuts) = *reinterpret_cast<const uint4*>(from);
+    const int row = kThreads - 1 - thread;
+    if (!has_outputs() || row >= size) return;
+    const uint8_t* from = p.exchanged.x + (step * s.most_size + row) * s.row_bytes + first_out;
+    *reinterpret_cast<uint4*>(in(m.x) + row * kOuts) = *reinterpret_cast<const uint4*>(from);
   }
 
   // Own units' columns of the output's weights, which all blocks have updated before they signalled their h'.
@@ -984,7 +1032,7 @@ struct Decoder : Block<kPrecision, kKind> {
     float c[2][2][4] = {};
     const int a = a_of_lane();
     const uint16_t* b = this->b_of_lane(in(m.weight), kOuts, strides.output) + 16 * k_group;
-    stream(hidden_of(step), strides.hidden_chunks, [&](int, const uint16_t* at) {
+    stream(hidden_of(step), size, strides.hidden_chunks, [&](int, const uint16_t* at) {
       add_chunk(c, at + a, b, strides.output);
       b += kChunk;
     });
@@ -994,13 +1042,14 @@ struct Decoder : Block<kPrecision, kKind> {
     BernoulliSum<float> sum;
     if (row < s.rows) {
       typename Base::Halves grads[4];
+      float products[4];
+      this->four_sums(in(m.sums), kOutSumStride, row, first, products);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float grad = 0.0f;
         if (row < size && out + i < s.data_dim) {
-          const float product = this->sum_of(in(m.sums), kOutSumStride, row, first + i);
           const float logit =
-              Math<float>::fma(product, 1.0f / (kHiddenScale * kWeightScale), in(m.output_bias.place)[first + i]);
+              Math<float>::fma(products[i], 1.0f / (kHiddenScale * kWeightScale), in(m.output_bias.place)[first + i]);
           const float target = p.x_scale * static_cast<float>(in(m.x)[row * kOuts + first + i]);
           const float odds = bernoulli_odds(logit);
           sum.add(logit, target, odds);
@@ -1041,7 +1090,7 @@ struct Decoder : Block<kPrecision, kKind> {
     float c[2][1][4] = {};
     const int a = a_of_lane();
     const uint16_t* b = this->b_of_lane(in(m.columns), kUnits, strides.own_columns) + 16 * k_group;
-    stream(p.exchanged.grad, strides.data_chunks, [&](int chunk, const uint16_t* at) {
+    stream(p.exchanged.grad, size, strides.data_chunks, [&](int chunk, const uint16_t* at) {
       if (4 * chunk + k_group < s.output_blocks) add_chunk(c, at + a, b, 0);
       b += kChunk;
     });
@@ -1049,10 +1098,11 @@ struct Decoder : Block<kPrecision, kKind> {
     __syncthreads();
     const int row = thread / 4;
     if (row < s.rows) {
+      const float2 sums = this->two_sums(in(m.sums), kUnitSumStride, row, thread % 4 * 2);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int u = thread % 4 * 2 + i, at = u * kColumn + row;
-        const float grad = this->sum_of(in(m.sums), kUnitSumStride, row, u) / (kLogitScale * kWeightScale);
+        const float grad = (i == 0 ? sums.x : sums.y) / (kLogitScale * kWeightScale);
         const bool there = row < size && first_unit + u < s.decoder_units;
         in(m.grad)[at] = there ? through_activation(p.activation, grad, in(m.h)[at]) : 0.0f;
       }
@@ -1105,7 +1155,7 @@ struct Decoder : Block<kPrecision, kKind> {
     const uint16_t* b_at = this->b_of_lane(in(m.logit_grads), kOuts, kHalfColumn) + fragment / 4 * 8 * kHalfColumn;
     const uint16_t* from = hidden_of(step);
     const int chunks = strides.hidden_chunks;
-    open(from, chunks);
+    open(from, s.rows, chunks);  // here rows are what is summed over: those beyond the minibatch are 0
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {  // two chunks; half of the warps take the one, half the other
       const int first = 2 * turn, own = first + warp / 8;
@@ -1123,7 +1173,7 @@ struct Decoder : Block<kPrecision, kKind> {
           this->multiply(c, a, b);
         }
       }
-      release(from, first, 2, chunks);
+      release(from, s.rows, first, 2, chunks);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const Weight at = place(4 * turn + i);
@@ -1149,35 +1199,41 @@ struct Decoder : Block<kPrecision, kKind> {
   __device__ __forceinline__ void run() {
     Held held;
     begin(held);
+    this->start_clock(m.cycles);
     for (int64_t step = 0; step < p.steps; ++step) {
       const int size = static_cast<int>(p.size[step]);
       this->wait(kZ, step, s.encoder_blocks);
-      this->end_of(0);
+      this->end_of(0, m.cycles);
       forward(step, size);
-      signal(kHidden);
-      this->end_of(1);
+      order_global_before_copies();  // of h', and of the columns that the update before has written
+      this->signal(kHidden);
+      this->end_of(1, m.cycles);
       fetch_x(step, size);
-      this->end_of(2);
+      this->end_of(2, m.cycles);
       this->wait(kHidden, step, s.decoder_blocks);
       fetch_columns();
-      this->end_of(3);
+      this->end_of(3, m.cycles);
       output(step, size);
       if (has_hidden()) wait_for_bytes(in(m.arrived) + kStages, step % 2);  // before others write there again
-      signal(kLogits);
-      this->end_of(4);
+      order_global_before_copies();
+      order_shared_before_copies();  // the sums have been where chunks are copied to
+      this->signal(kLogits);
+      this->end_of(4, m.cycles);
       this->wait(kLogits, step, s.decoder_blocks);
-      this->end_of(5);
+      this->end_of(5, m.cycles);
       leave_log_likelihood(step);
       backward(size);
-      signal(kLatents);
-      this->end_of(6);
+      order_shared_before_copies();
+      this->signal(kLatents);
+      this->end_of(6, m.cycles);
       const StepFactors factors = p.factors[step];
       update_hidden(size, factors);
-      this->end_of(7);
+      this->end_of(7, m.cycles);
       update_output(held, step, size, factors);
       __syncthreads();
-      this->end_of(8);
+      this->end_of(8, m.cycles);
     }
+    this->leave_cycles(m.cycles);
     end(held);
   }
 };
@@ -1208,12 +1264,18 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_con
   const int64_t b = piece / pieces, col = piece % pieces * 16;
   if (b >= here.size) return;
   const int64_t row = p.rows[step * p.width + b], seed = p.now.seeds[2 * step + 1];
-  uint8_t* to = p.x + (blockIdx.y * p.most_size + b) * p.row_bytes + col;
+  uint32_t words[4] = {};
   for (int i = 0; i < 16; ++i) {
     float x = col + i < p.data.cols ? datum(p.data, row, col + i) : 0.0f;
     if (p.data.dynamic && col + i < p.data.cols) x = bernoulli_draw(seed, b * p.data.cols + col + i, x * p.data.scale);
-    to[i] = static_cast<uint8_t>(x);
+    words[i / 4] |= static_cast<uint32_t>(x) << 8 * (i % 4);
   }
+  uint4 all;
+  all.x = words[0];
+  all.y = words[1];
+  all.z = words[2];
+  all.w = words[3];
+  *reinterpret_cast<uint4*>(p.x + (blockIdx.y * p.most_size + b) * p.row_bytes + col) = all;
 }
 
 // A step a block of one warp
@@ -1295,8 +1357,8 @@ const char* phase_name(bool encoder, int phase) {
   return names[encoder ? 1 : 0][phase];
 }
 
-std::string why_not(const Network& network, const Objective& objective, const Data& data, int64_t models,
-                    int64_t most_size, int multiprocessors, int shared_bytes) {
+std::string why_not(const Network& network, const Objective& objective, const Data& data, Precision precision,
+                    int64_t models, int64_t most_size, int multiprocessors, int shared_bytes) {
   if (models != 1) return "several models";
   if (network.encoder_hidden.size() != 1 || network.decoder_hidden.size() != 1) return "more than one hidden layer";
   if (network.likelihood != Likelihood::bernoulli) return "a Gaussian decoder";
@@ -1307,10 +1369,11 @@ std::string why_not(const Network& network, const Objective& objective, const Da
   if (network.latent_dim > kMostLatents) return "more than 64 latents";
   if (network.decoder_hidden[0] > kMostUnits || network.encoder_hidden[0] > 8 * multiprocessors)
     return "too many hidden units";
-  if (network.data_dim > kMostRowBytes - 32) return "more than 992 pixels";
   const Sizes sizes = sizes_of(network, most_size);
+  if (sizes.row_bytes > kMostRowBytes) return "more than 1008 pixels";
   if (sizes.encoder_blocks + sizes.decoder_blocks > multiprocessors) return "more blocks than multiprocessors";
-  const int bytes = std::max(EncoderMemory(sizes, 2).bytes, DecoderMemory(sizes, 2).bytes);
+  const int parts = precision == Precision::exact ? 2 : 1;
+  const int bytes = std::max(EncoderMemory(sizes, parts).bytes, DecoderMemory(sizes, parts).bytes);
   return bytes > shared_bytes ? "more shared memory than a block can have" : "";
 }
 
@@ -1323,7 +1386,6 @@ Sizes sizes_of(const Network& network, int64_t most_size) {
   s.most_size = static_cast<int>(most_size);
   s.rows = ceil_of(s.most_size, 16) * 16;
   s.row_bytes = ceil_of(s.data_dim, 16) / 2 * 32 + 16;
-  s.row_bytes = s.row_bytes - 32 >= s.data_dim ? s.row_bytes - 32 : s.row_bytes;
   s.encoder_blocks = ceil_of(s.encoder_units, kUnits);
   s.hidden_blocks = ceil_of(s.decoder_units, kUnits);
   s.output_blocks = ceil_of(s.data_dim, kOuts);

@@ -51,16 +51,16 @@ struct Sizes {
 
 // What blocks exchange and the launch leaves. Halves lie as bulk copies take them: chunks of 64 columns, of each the
 // hi of 128 rows and then their lo, a row of 128 bytes in pieces of 16 that swap places (see `piece_of`). Z' is Z
-// rounded up to fours.
+// rounded up to fours. Parts are 2, or 1 with `fast`.
 struct Exchanged {
   uint8_t* x;         // [steps, most_size, row_bytes]
   float* head_parts;  // [most_size, encoder_blocks, 2 Z]
   float* z;           // [most_size, Z']
-  uint16_t* hidden;   // h', two of them, in turns: [2, chunks, 2, 128, 64]
-  uint16_t* grad;     // [chunks, 2, 128, 64]
+  uint16_t* hidden;   // h', two of them, in turns: [2, chunks, parts, 128, 64]
+  uint16_t* grad;     // [chunks, parts, 128, 64]
   float* z_parts;     // [most_size, hidden_blocks, Z']: of the gradient in z
   float* head_grads;  // [2 Z, 132]: mu's and then logvar's, of each the datapoints'
-  uint16_t* columns;  // [hidden_blocks, 2, 8, column_stride]: the output's weights of own units
+  uint16_t* columns;  // [hidden_blocks, parts, 8, own_columns]: the output's weights of own units
   double* ll_parts;   // [steps, output_blocks]
   float* kl_parts;    // [steps, most_size]
   uint32_t* events;   // each on a line of its own; the last says whether a half was too small for a number
@@ -87,12 +87,18 @@ struct Launch {
 };
 
 // Why steps cannot be taken so, in a few words, or nothing
-std::string why_not(const Network& network, const Objective& objective, const Data& data, int64_t models,
-                    int64_t most_size, int multiprocessors, int shared_bytes);
+std::string why_not(const Network& network, const Objective& objective, const Data& data, Precision precision,
+                    int64_t models, int64_t most_size, int multiprocessors, int shared_bytes);
 Sizes sizes_of(const Network& network, int64_t most_size);
 Parameters parameters_of(const std::vector<Trained>& parameters);
 
 // The bytes that Exchanged takes for so many steps, and where they lie in memory that begins at a multiple of 256 bytes
+// Of a launch; on the emulated device few, so that tests have runs of several.
+#if defined(VAE_FAST_CUDA_EMULATION)
+constexpr int64_t kMostSteps = 2;
+#else
+constexpr int64_t kMostSteps = 1000;
+#endif
 int64_t bytes_of(const Sizes& sizes, int64_t most_steps);
 Exchanged lay_out(const Sizes& sizes, int64_t most_steps, void* memory);
 

@@ -34,7 +34,7 @@ Schedule::Schedule(const Network& network, const Objective& objective, const Opt
       group_(std::clamp<int64_t>(kMinibatchFloats / (this->models() * most_size * to_fours(data.cols)), 1,
                                  kStepsPerGraph)),
       gpu_(gpu),
-      persistent_(gpu.persistent && persistent::why_not(network, objective, data, this->models(), most_size,
+      persistent_(gpu.persistent && persistent::why_not(network, objective, data, precision, this->models(), most_size,
                                                         gpu.multiprocessors, gpu.shared_bytes)
                                         .empty()) {
   int parameter = 0;
@@ -106,8 +106,10 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
     }
   }
   place(own_, 1);
-  place(factors_, persistent_ ? most_steps_ : group_);
-  if (persistent_) place(exchanged_, persistent::bytes_of(persistent::sizes_of(network_, most_size_), most_steps_));
+  const int64_t persistent_steps = std::min(most_steps_, persistent::kMostSteps);
+  place(factors_, persistent_ ? std::max(persistent_steps, group_) : group_);
+  if (persistent_)
+    place(exchanged_, persistent::bytes_of(persistent::sizes_of(network_, most_size_), persistent_steps));
   place(cursor_, 1);
   place(updates_, 1);
   place(rows_, most_steps_ * most_size_);
@@ -359,37 +361,53 @@ int Schedule::load(const std::vector<Steps>& steps, int64_t begin, int64_t count
   return cudaSuccess;
 }
 
-// The loaded steps by the persistent kernel. `done` remains false where a number was beyond its range: nothing has
-// changed then, and nothing is taken that way any more.
-int Schedule::run_persistent(int64_t count, bool& done, cudaStream_t stream) {
+// The loaded steps by the persistent kernel, as far as it can take them: to the launch, if any, where a number is
+// beyond its range, which changes nothing. Nothing is taken that way any more then, nor on a GPU that has no room for
+// it.
+int Schedule::run_persistent(int64_t count, int64_t& done, cudaStream_t stream) {
   using namespace persistent;
   const Sizes sizes = sizes_of(network_, most_size_);
-  const Exchanged exchanged = persistent::lay_out(sizes, most_steps_, exchanged_);
-  const Gather gather{now(0),      count,           most_size_, data_,    rows_,   most_size_,
-                      exchanged.x, sizes.row_bytes, optimizer_, updates_, factors_};
-  const persistent::Launch launch{sizes,
-                                  exchanged,
-                                  persistent::parameters_of(parameters_),
-                                  precision_,
-                                  network_.activation,
-                                  objective_.estimator,
-                                  network_.logvar_scale,
-                                  models_[0].own.beta,
-                                  objective_.weight_prior,
-                                  data_.dynamic ? 1.0f : data_.scale,
-                                  rule_of(optimizer_),
-                                  sizes_,
-                                  seeds_,
-                                  factors_,
-                                  count,
-                                  gpu_.timed};
-  if (int error = persistent::launch(gather, stream)) return error;
-  if (int error = persistent::launch(launch, terms_, stream)) return error;
-  bool out_of_range = false;
-  if (int error = persistent::out_of_range(launch, out_of_range, stream)) return error;
-  done = !out_of_range;
-  persistent_ = done;
-  if (!gpu_.timed) return cudaSuccess;
+  const Exchanged exchanged = persistent::lay_out(sizes, std::min(most_steps_, kMostSteps), exchanged_);
+  for (int64_t some = 0; persistent_ && done < count; done += some) {
+    some = std::min(count - done, kMostSteps);
+    const Gather gather{now(done),       some,       most_size_, data_,   rows_, most_size_, exchanged.x,
+                        sizes.row_bytes, optimizer_, updates_,   factors_};
+    const persistent::Launch launch{sizes,
+                                    exchanged,
+                                    persistent::parameters_of(parameters_),
+                                    precision_,
+                                    network_.activation,
+                                    objective_.estimator,
+                                    network_.logvar_scale,
+                                    models_[0].own.beta,
+                                    objective_.weight_prior,
+                                    data_.dynamic ? 1.0f : data_.scale,
+                                    rule_of(optimizer_),
+                                    sizes_ + done,
+                                    seeds_ + 2 * done,
+                                    factors_,
+                                    some,
+                                    gpu_.timed};
+    if (int error = persistent::launch(gather, stream)) return error;
+    const int error = persistent::launch(launch, terms_ + 3 * done, stream);
+    bool out_of_range = error == cudaErrorCooperativeLaunchTooLarge;
+    if (error && !out_of_range) return error;
+    if (!error) {
+      if (int failed = persistent::out_of_range(launch, out_of_range, stream)) return failed;
+    }
+    if (out_of_range) {
+      persistent_ = false;
+      some = 0;
+    } else if (gpu_.timed) {
+      if (int failed = read_phases(sizes, exchanged, some, stream)) return failed;
+    }
+  }
+  return done < count ? advance(cursor_, now(0), done, stream) : 0;
+}
+
+int Schedule::read_phases(const persistent::Sizes& sizes, const persistent::Exchanged& exchanged, int64_t steps,
+                          cudaStream_t stream) {
+  using namespace persistent;
   std::vector<int64_t> cycles(static_cast<size_t>(kPhases * (sizes.encoder_blocks + sizes.decoder_blocks)));
   if (cudaError_t error = cudaMemcpyAsync(cycles.data(), exchanged.cycles, cycles.size() * sizeof(int64_t),
                                           cudaMemcpyDeviceToHost, stream))
@@ -403,7 +421,7 @@ int Schedule::run_persistent(int64_t count, bool& done, cudaStream_t stream) {
       phases_.push_back({phase_name(encoder, i), encoder, {}});
       for (int block = first; block < first + blocks; ++block)
         phases_.back().cycles.push_back(static_cast<double>(cycles[static_cast<size_t>(block * kPhases + i)]) /
-                                        static_cast<double>(count));
+                                        static_cast<double>(steps));
     }
   }
   return cudaSuccess;
@@ -415,11 +433,11 @@ int Schedule::run(const std::vector<Steps>& steps, float* terms, cudaStream_t st
   for (int64_t begin = 0; begin < n_steps; begin += most_steps_) {
     const int64_t count = std::min(most_steps_, n_steps - begin);
     if (int error = load(steps, begin, count, stream)) return error;
-    bool taken = false;
+    int64_t taken = 0;
     if (int error = persistent_ ? run_persistent(count, taken, stream) : 0) return error;
     // The very first steps are launched as they are: the driver loads kernels when they are first used, which a capture
     // may not do.
-    for (int64_t done = taken ? count : 0; done < count;) {
+    for (int64_t done = taken; done < count;) {
       const int64_t some = std::min(group_, count - done);
       cudaGraphExec_t graph = nullptr;
       if (int failed = warm_ ? graph_of(some, graph) : 0) return failed;

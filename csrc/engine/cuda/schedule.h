@@ -54,7 +54,8 @@ struct Gpu {
   bool timed = false;       // and counts the cycles of its phases
 };
 
-// Of the last call of run(): what a block spent in a phase of a step on average, in cycles of its multiprocessor.
+// Of the last launch of persistent.h: what a block spent in a phase of a step on average, in cycles of its
+// multiprocessor.
 struct Phase {
   std::string name;
   bool encoder;
@@ -109,7 +110,9 @@ class Schedule {
   int launch_step(int64_t offset, cudaStream_t stream);
   int launch_update(int64_t offset, const float* x, const Way& way);
   int graph_of(int64_t count, cudaGraphExec_t& graph);
-  int run_persistent(int64_t count, bool& done, cudaStream_t stream);
+  int read_phases(const persistent::Sizes& sizes, const persistent::Exchanged& exchanged, int64_t steps,
+                  cudaStream_t stream);
+  int run_persistent(int64_t count, int64_t& done, cudaStream_t stream);
   MatrixOf weight_of(const Layer& layer) const;
 
   Network network_;
