@@ -291,11 +291,26 @@ def once(device: torch.device) -> int:
             lr=0.001,
             dynamic=likelihood == "bernoulli",
             batch_size=batch_size,
-            persistent=done % 2 == 0,
         )
         terms = step.run(*steps_of(23, batch_size, 0, 5, models), [0] * models)
         assert terms.isfinite().all() and all(p.isfinite().all() for p in parameters)
         done += 1
+    for precision, optimizer in itertools.product(("exact", "fast"), STATES):
+        values = torch.randint(0, 256, (64, 133), dtype=torch.uint8, device=device)
+        step, parameters = make_step(
+            [vf.VAE(data_dim=133, hidden_dims=[75], latent_dim=5, likelihood="bernoulli", seed=SEED)],
+            values,
+            precision=precision,
+            estimator=("sgvb_a", "sgvb_b")[done % 2],
+            optimizer=optimizer,
+            options=OPTIONS,
+            lr=0.001,
+            batch_size=41,
+            persistent=True,
+        )
+        terms = step.run(*steps_of(64, 41, 0, 5), [0])
+        assert terms.isfinite().all() and all(p.isfinite().all() for p in parameters)
+        done += step.persistent
     return done
 
 
