@@ -2,7 +2,11 @@
 // events: counters that every block concerned adds one to, once a step. Buffers need no second copy where whoever
 // writes them next has waited, through a chain of events, for those who read them; h' alone, which the decoder's update
 // reads while the encoder goes on, has two.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+
+// Where a block can have enough shared memory, and there are bulk copies
+#if defined(VAE_FAST_CUDA_EMULATION) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#define VAE_FAST_PERSISTENT
+#elif defined(__CUDA_ARCH__)
 #pragma nv_diag_suppress 177  // the kernel is empty there, and what it is made of is not used
 #endif
 
@@ -20,7 +24,7 @@ namespace {
 
 template <Precision kPrecision, UpdateKind kKind>
 __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_constant__ Arguments p) {
-#if defined(VAE_FAST_CUDA_EMULATION) || __CUDA_ARCH__ >= 900
+#if defined(VAE_FAST_PERSISTENT)
   if (static_cast<int>(blockIdx.x) < p.sizes.encoder_blocks) {
     Encoder<kPrecision, kKind>(p).run();
   } else {
@@ -32,6 +36,7 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
 // --- before and after ------------------------------------------------------------------------------------------------
 
 constexpr int kGatherThreads = 256;
+constexpr int kLeastShared = 200 << 10;  // that a block can have where the kernel is not empty
 
 // 16 pixels a thread
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_constant__ Gather p) {
@@ -151,6 +156,7 @@ std::string why_not(const Network& network, const Objective& objective, const Da
     return "too many hidden units";
   const Sizes sizes = sizes_of(network, most_size);
   if (sizes.row_bytes > kMostRowBytes) return "more than 1008 pixels";
+  if (shared_bytes < kLeastShared) return "a GPU of little shared memory";
   if (sizes.encoder_blocks + sizes.decoder_blocks > multiprocessors) return "more blocks than multiprocessors";
   const int parts = precision == Precision::exact ? 2 : 1;
   const int bytes = std::max(EncoderMemory(sizes, parts).bytes, DecoderMemory(sizes, parts).bytes);
