@@ -19,8 +19,8 @@
 //
 // Products are those of half precision on tensor cores: `exact` splits each operand, a scaled by a power of two, into
 // hi + lo of 11 bits each and takes lo hi + hi lo + hi hi, 16 k at a time, which ordinary additions add up; bytes are
-// exact as they are. `fast` takes hi alone. A scaled operand beyond the range of a half ends the run without any
-// change: run() says so, and the steps are then schedule.h's.
+// exact as they are. `fast` takes hi alone. A scaled operand beyond the range of a half makes a launch change
+// nothing: out_of_range() says so, and from there on the steps are schedule.h's.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -63,7 +63,7 @@ struct Exchanged {
   uint16_t* columns;  // [hidden_blocks, parts, 8, own_columns]: the output's weights of own units
   double* ll_parts;   // [steps, output_blocks]
   float* kl_parts;    // [steps, most_size]
-  uint32_t* events;   // each on a line of its own; the last says whether a half was too small for a number
+  uint32_t* events;   // each on a line of its own; the last is not 0 if a half was too small for a number
   int64_t* cycles;    // [blocks, kPhases]: what the last launch spent in each phase, by its first thread's clock
 };
 
@@ -92,13 +92,13 @@ std::string why_not(const Network& network, const Objective& objective, const Da
 Sizes sizes_of(const Network& network, int64_t most_size);
 Parameters parameters_of(const std::vector<Trained>& parameters);
 
-// The bytes that Exchanged takes for so many steps, and where they lie in memory that begins at a multiple of 256 bytes
-// Of a launch; on the emulated device few, so that tests have runs of several.
+// Steps of a launch at most; on the emulated device few, so that tests have runs of several launches.
 #if defined(VAE_FAST_CUDA_EMULATION)
 constexpr int64_t kMostSteps = 2;
 #else
 constexpr int64_t kMostSteps = 1000;
 #endif
+// The bytes that Exchanged takes for so many steps, and where they lie in memory that begins at a multiple of 256 bytes
 int64_t bytes_of(const Sizes& sizes, int64_t most_steps);
 Exchanged lay_out(const Sizes& sizes, int64_t most_steps, void* memory);
 
