@@ -204,7 +204,7 @@ struct DrawLatents {
         const float drawn = reparameterize(mu, logvar, e);
         z[r * z_stride + j] = drawn;
         eps[r * z_stride + j] = e;
-        sampled += 0.5f * (drawn * drawn - e * e - logvar);  // log q(z|x) - log p(z)
+        sampled += sampled_kl(logvar, e, drawn);
       }
       if (estimator != Estimator::sgvb_b) kl += sampled / static_cast<float>(samples);
     }
@@ -466,16 +466,11 @@ struct DeriveLatents {
     for (int i = 0; i < 4; ++i) {
       if (col + i >= latents) break;
       const float mu = s.mu_logvar[i / 2][i % 2 * 2], logvar = s.mu_logvar[i / 2][i % 2 * 2 + 1];
-      float grad_mu = mean * s.grad[i], grad_logvar = 0.5f * standard_deviation(logvar) * (mean * s.grad_eps[i]);
-      if (estimator == Estimator::sgvb_b) {
-        grad_mu -= beta * mu;
-        grad_logvar -= beta * gaussian_kl_grad_logvar(logvar);
-      } else {
-        grad_logvar += col + i < own_latents ? 0.5f * beta : 0.0f;
-      }
+      const LatentGradient gradient(estimator, beta, logvar_scale, mu, logvar, mean * s.grad[i], mean * s.grad_eps[i],
+                                    col + i < own_latents);
       const int64_t at = row * heads_stride + 2 * (col + i);
-      grad_heads[at] = grad_mu;
-      grad_heads[at + 1] = logvar_scale * grad_logvar;
+      grad_heads[at] = gradient.mu;
+      grad_heads[at + 1] = gradient.logvar;
     }
     return 0.0f;
   }

@@ -225,7 +225,7 @@ struct Encoder : Block<kPrecision, kKind> {
     float kl = 0.0f;
     for (int j = 0; j < s.latents; ++j) {
       const float mu = own[j], logvar = own[s.latents + j], e = own[2 * s.latents + j], z = own[3 * s.latents + j];
-      kl += p.estimator == Estimator::sgvb_b ? gaussian_kl(mu, logvar) : 0.5f * (z * z - e * e - logvar);
+      kl += p.estimator == Estimator::sgvb_b ? gaussian_kl(mu, logvar) : sampled_kl(logvar, e, z);
     }
     p.exchanged.kl_parts[step * s.most_size + datapoint] = kl;
   }
@@ -235,14 +235,12 @@ struct Encoder : Block<kPrecision, kKind> {
                  [&](int i, int datapoint, int j, const float (&sums)[1]) {
                    const float* own = latent(i);
                    const float mu = own[j], logvar = own[s.latents + j], e = own[2 * s.latents + j];
-                   const bool sgvb_b = p.estimator == Estimator::sgvb_b;
-                   const float in_z = sgvb_b ? sums[0] : sums[0] - p.beta * own[3 * s.latents + j];
-                   const float from_noise = 0.5f * standard_deviation(logvar) * (in_z * e);
+                   const bool sgvb_a = p.estimator == Estimator::sgvb_a;
+                   const float in_z = sgvb_a ? sums[0] - p.beta * own[3 * s.latents + j] : sums[0];
+                   const LatentGradient gradient(p.estimator, p.beta, p.logvar_scale, mu, logvar, in_z, in_z * e, true);
                    float* to = p.exchanged.head_grads + j * kColumn + datapoint;
-                   to[0] = sgvb_b ? in_z - p.beta * mu : in_z;
-                   to[s.latents * kColumn] =
-                       p.logvar_scale *
-                       (sgvb_b ? from_noise - p.beta * gaussian_kl_grad_logvar(logvar) : from_noise + 0.5f * p.beta);
+                   to[0] = gradient.mu;
+                   to[s.latents * kColumn] = gradient.logvar;
                  });
   }
 
