@@ -5,7 +5,7 @@ python .ci/kernels.py CUOBJDUMP EXTENSION ARCH...
 Every .cu file that defines a `launch` must have left at least one kernel with instructions for every
 architecture, such as sm_90a. A kernel's name tells its file by the anonymous namespace in it. Every kernel
 of csrc/engine/cuda that multiplies matrices, a template in the precision, must have tensor-core
-instructions (the persistent one has none at all before sm_90), and none may access local memory, where
+instructions (the persistent one is there from sm_90 to below sm_120), and none may access local memory, where
 spilled registers go.
 """
 
@@ -50,7 +50,8 @@ def problems(found: list[Kernel], engine: set[str]) -> list[str]:
     lines = []
     for kernel in found:
         if kernel.source in engine:
-            empty = "persistent_kernel" in kernel.name and kernel.arch < "sm_90"
+            number = int(re.findall(r"\d+", kernel.arch)[0])
+            empty = "persistent_kernel" in kernel.name and not 90 <= number < 120
             multiplies = "PrecisionE" in kernel.name and not empty
             if multiplies and not kernel.instructions["HMMA"]:
                 lines.append(f"{kernel.name} for {kernel.arch}: no tensor-core instruction")

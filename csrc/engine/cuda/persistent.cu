@@ -231,12 +231,6 @@ int launch(const Launch& launch, float* terms, cudaStream_t stream) {
   const size_t bytes =
       reinterpret_cast<uintptr_t>(e.events + kEvents * (kBytesPerLine / 4)) - reinterpret_cast<uintptr_t>(e.hidden);
   if (cudaError_t error = cudaMemsetAsync(e.hidden, 0, bytes, stream)) return error;
-  if (launch.timed) {
-    const int blocks = launch.sizes.encoder_blocks + launch.sizes.decoder_blocks;
-    if (cudaError_t error =
-            cudaMemsetAsync(e.cycles, 0, sizeof(int64_t) * kPhases * static_cast<size_t>(blocks), stream))
-      return error;
-  }
   const int error = launch.precision == Precision::exact ? launch_kernel<Precision::exact>(launch, stream)
                                                          : launch_kernel<Precision::fast>(launch, stream);
   if (error) return error;
