@@ -72,7 +72,7 @@ def compile_engine(build: Path) -> ctypes.CDLL:
     loaded.engine_create.restype = ctypes.c_void_p
     loaded.engine_buffer.restype = ctypes.c_char_p
     loaded.engine_launches_per_step.restype = ctypes.c_int64
-    loaded.engine_is_persistent.restype = ctypes.c_int64
+    loaded.engine_why_not_persistent.restype = ctypes.c_char_p
     return loaded
 
 
@@ -235,8 +235,9 @@ class EmulatedEngine:
         launches: int = self._library.engine_launches_per_step(self._handle)
         return launches
 
-    def is_persistent(self) -> bool:
-        return bool(self._library.engine_is_persistent(self._handle))
+    def why_not_persistent(self) -> str:
+        why: bytes = self._library.engine_why_not_persistent(self._handle)
+        return why.decode()
 
     def close(self) -> None:
         self._library.engine_destroy(self._handle)

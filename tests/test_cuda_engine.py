@@ -407,8 +407,8 @@ class DeviceEngine:
             persistent=persistent,
         )
 
-    def is_persistent(self) -> bool:
-        return self._step.persistent
+    def why_not_persistent(self) -> str:
+        return self._step.why_not_persistent
 
     def run(self, *steps: NDArray[np.int64]) -> NDArray[np.float32]:
         """As EmulatedEngine's: of several models all arrays begin with an axis of models."""
@@ -470,9 +470,9 @@ def test_steps_of_the_persistent_kernel_leave_what_the_reference_leaves(
 ) -> None:
     case = PERSISTENT[name]
     made.append(engine := engine_of(library, case, persistent=True))
-    assert engine.is_persistent()
+    assert not engine.why_not_persistent()
     assert_steps_of_the_reference(engine, case)
-    assert engine.is_persistent()  # nothing was out of range
+    assert not engine.why_not_persistent()  # nothing was out of range
 
 
 @pytest.mark.cuda
@@ -480,10 +480,10 @@ def test_steps_of_the_persistent_kernel_leave_what_the_reference_leaves(
 @pytest.mark.parametrize("name", PERSISTENT)
 def test_steps_of_the_persistent_kernel_on_a_gpu_leave_what_the_reference_leaves(name: str) -> None:
     engine = DeviceEngine([PERSISTENT[name]], persistent=True)
-    if not engine.is_persistent():
-        pytest.skip("this GPU or build does not take it")
+    if why := engine.why_not_persistent():
+        pytest.skip(f"the persistent kernel does not take {why}")
     assert_steps_of_the_reference(engine, PERSISTENT[name])
-    assert engine.is_persistent()
+    assert not engine.why_not_persistent()
 
 
 @pytest.mark.parametrize("name", ["widths of fours", "more pixels than units", "more units than pixels"])
@@ -523,7 +523,7 @@ def test_a_number_beyond_a_half_hands_the_steps_to_the_launches(
     for engine in engines:
         terms = engine.run(*steps)
         found.append([terms, *engine.parameters(), *engine.parameters(1)])
-    assert not engines[0].is_persistent()
+    assert "range of a half" in engines[0].why_not_persistent()
     assert all(np.array_equal(*pair, equal_nan=True) for pair in zip(*found, strict=True))
 
 
@@ -534,7 +534,7 @@ def test_a_number_that_leaves_the_range_of_a_half_midway_hands_over_from_there(
     steps = schedule_of(Reference(case).source, 0, case.steps)
     made.append(probe := engine_of(library, case, persistent=True))
     taken, found = 0, []
-    while probe.is_persistent() and taken < case.steps:  # two steps to a launch
+    while not probe.why_not_persistent() and taken < case.steps:  # two steps to a launch
         kept = probe.parameters()
         found.append(probe.run(*(part[taken : taken + 2] for part in steps)))
         taken += 2
@@ -542,7 +542,7 @@ def test_a_number_that_leaves_the_range_of_a_half_midway_hands_over_from_there(
     assert 0 < taken < case.steps
     made.append(whole := engine_of(library, case, most_steps=case.steps, persistent=True))
     terms = whole.run(*steps)
-    assert not whole.is_persistent()
+    assert "range of a half" in whole.why_not_persistent()
     assert np.array_equal(terms[:taken], np.concatenate(found[:-1]))
     made.append(rest := engine_of(library, case, weights=kept))
     assert np.array_equal(terms[taken:], rest.run(*(part[taken:] for part in steps)), equal_nan=True)
@@ -551,26 +551,26 @@ def test_a_number_that_leaves_the_range_of_a_half_midway_hands_over_from_there(
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "why"),
     [
-        {"encoder_hidden": (20, 20)},
-        {"likelihood": "gaussian"},
-        {"num_samples": 2},
-        {"data_dtype": "f32"},
-        {"batch_size": 129, "count": 140},
-        {"latent_dim": 65},
-        {"decoder_hidden": (520,)},
-        {"multiprocessors": 5},
-        {"shared_bytes": 8 << 10},
+        ({"encoder_hidden": (20, 20)}, "more than one hidden layer"),
+        ({"likelihood": "gaussian"}, "a Gaussian decoder"),
+        ({"num_samples": 2}, "several samples of z"),
+        ({"data_dtype": "f32"}, "data that are not bytes or bits"),
+        ({"batch_size": 129, "count": 140}, "minibatches of more than 128 datapoints"),
+        ({"latent_dim": 65}, "more than 64 latents"),
+        ({"decoder_hidden": (520,)}, "too many hidden units"),
+        ({"multiprocessors": 5}, "more blocks than multiprocessors"),
+        ({"shared_bytes": 8 << 10}, "a GPU of little shared memory"),
     ],
-    ids=lambda change: next(iter(change)),
+    ids=lambda part: next(iter(part)) if isinstance(part, dict) else "",
 )
 def test_what_the_persistent_kernel_cannot_take_is_left_to_the_launches(
-    library: ctypes.CDLL, made: list[EmulatedEngine], change: dict[str, Any]
+    library: ctypes.CDLL, made: list[EmulatedEngine], change: dict[str, Any], why: str
 ) -> None:
     case = replace(Case(16, (20,), (20,), 4), **change)
     made.append(engine := engine_of(library, case, persistent=True))
-    assert not engine.is_persistent()
+    assert engine.why_not_persistent() == why
 
 
 def swept(name: str) -> list[Case]:

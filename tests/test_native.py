@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vae_fast import _C, datasets, native
 from vae_fast.algorithms import wake_sleep
 from vae_fast.batches import ArraySource, StreamSource
 from vae_fast.engines import AutogradEngine, Plan, StepProgram, make_engine
-from vae_fast.native import NativeEngine, run_together
+from vae_fast.native import NativeEngine, _CudaSteps, run_together
 from vae_fast.optim import Adagrad, make_optimizer
 
 CPU = torch.device("cpu")
@@ -400,7 +401,7 @@ class StandIn:
         persistent: bool,
         **given: Any,
     ) -> None:
-        assert not persistent  # unless VAE_FAST_CUDA_PERSISTENT says so
+        self.why_not_persistent = "several models" if persistent else "nobody asked for it"
         StandIn.made += 1
         network = ("data_dim", "encoder_hidden", "decoder_hidden", "activation", "likelihood")
         objective = ("estimator", "num_samples", "weight_prior", "precision", "logvar_scale")
@@ -441,6 +442,24 @@ def test_on_cuda_the_step_is_made_once_and_again_where_something_moved(
     engine._program.optimizer.param_groups[0]["lr"] = 2e-3
     engine.run(1)
     assert StandIn.made == 3
+
+
+def test_on_cuda_a_model_that_the_persistent_kernel_does_not_take_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_C, "CudaStep", StandIn, raising=False)
+    _, _, engine = train("native", steps=1)
+    assert isinstance(engine, NativeEngine)
+    engine._on_cuda = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.run(1)
+    monkeypatch.setenv("VAE_FAST_CUDA_PERSISTENT", "1")
+    engine._cuda_steps = _CudaSteps()
+    with pytest.warns(UserWarning, match="^VAE_FAST_CUDA_PERSISTENT=1: .* not take several models$") as told:
+        engine.run(1)
+        engine.run(1)
+    assert len(told) == 1
 
 
 def test_on_cuda_models_that_are_alike_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ new.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -26,6 +27,7 @@ from .optim import Adagrad
 # Of one run, in which nobody looks at Ctrl-C, on a CPU: about a second
 RUN_FLOPS = 2e11
 MOST_STEPS = 1000
+PERSISTENT = "VAE_FAST_CUDA_PERSISTENT"  # an environment variable
 MOST_ROWS = 2**22  # on a GPU, where all rows of a run lie there: 32 MB
 
 Minibatches = tuple[Tensor, Tensor, Tensor]
@@ -96,7 +98,7 @@ def _why_not_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Par
 
 def _wants_persistent() -> bool:
     """Whether steps are to be taken by one kernel that stays on the GPU, where it can take them."""
-    return os.environ.get("VAE_FAST_CUDA_PERSISTENT") == "1"
+    return os.environ.get(PERSISTENT) == "1"
 
 
 def _is_cuda(device: torch.device) -> bool:
@@ -306,6 +308,7 @@ class _CudaSteps:
         self._made_for: Any = None
         self._values, self._read = torch.empty(0), 0  # the data, and where they were read
         self._room = (0, 0)  # datapoints of a minibatch, steps
+        self._told = ""  # why the persistent kernel does not take them
 
     def run(self, engines: Sequence[NativeEngine], minibatches: Sequence[Minibatches]) -> Tensor:
         """The terms of each engine's steps, ``[engines, steps, 3]``."""
@@ -352,6 +355,13 @@ class _CudaSteps:
             )
             self._made_for, self._room = needs, room
         terms: Tensor = self._step.run(rows, sizes, seeds, updates)
+        why = self._step.why_not_persistent if _wants_persistent() else ""
+        if why and why != self._told:
+            warnings.warn(
+                f"{PERSISTENT}=1: steps are launched, because the persistent kernel does not take {why}",
+                stacklevel=2,
+            )
+        self._told = why
         return terms
 
 

@@ -136,7 +136,9 @@ const char* engine_buffer(void* engine, int64_t i, float** values, int64_t* rows
 
 int64_t engine_launches_per_step(void* engine) { return static_cast<Engine*>(engine)->schedule->launches_per_step(); }
 
-int64_t engine_is_persistent(void* engine) { return static_cast<Engine*>(engine)->schedule->persistent(); }
+const char* engine_why_not_persistent(void* engine) {
+  return static_cast<Engine*>(engine)->schedule->why_not_persistent().c_str();
+}
 
 void engine_turns(int64_t backwards, int64_t slow_block) { emulation::turns() = {backwards != 0, slow_block}; }
 

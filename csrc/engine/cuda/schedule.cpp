@@ -34,9 +34,10 @@ Schedule::Schedule(const Network& network, const Objective& objective, const Opt
       group_(std::clamp<int64_t>(kMinibatchFloats / (this->models() * most_size * to_fours(data.cols)), 1,
                                  kStepsPerGraph)),
       gpu_(gpu),
-      persistent_(gpu.persistent && persistent::why_not(network, objective, data, precision, this->models(), most_size,
-                                                        gpu.multiprocessors, gpu.shared_bytes)
-                                        .empty()) {
+      why_not_persistent_(!gpu.persistent    ? "nobody asked for it"
+                          : !gpu.cooperative ? "a GPU before sm_90"
+                                             : persistent::why_not(network, objective, data, precision, this->models(),
+                                                                   most_size, gpu.multiprocessors, gpu.shared_bytes)) {
   int parameter = 0;
   const auto add = [&](std::vector<Layer>& layers, int64_t ins, int64_t outs, bool paired) {
     layers.push_back({ins, outs, parameter, paired, nullptr, nullptr, 0, 0});
@@ -107,8 +108,8 @@ void Schedule::lay_out(const cuda::Workspace& workspace) {
   }
   place(own_, 1);
   const int64_t persistent_steps = std::min(most_steps_, persistent::kMostSteps);
-  place(factors_, persistent_ ? std::max(persistent_steps, group_) : group_);
-  if (persistent_)
+  place(factors_, persistent() ? std::max(persistent_steps, group_) : group_);
+  if (persistent())
     place(exchanged_, persistent::bytes_of(persistent::sizes_of(network_, most_size_), persistent_steps));
   place(cursor_, 1);
   place(updates_, 1);
@@ -368,7 +369,7 @@ int Schedule::run_persistent(int64_t count, int64_t& done, cudaStream_t stream) 
   using namespace persistent;
   const Sizes sizes = sizes_of(network_, most_size_);
   const Exchanged exchanged = persistent::lay_out(sizes, std::min(most_steps_, kMostSteps), exchanged_);
-  for (int64_t some = 0; persistent_ && done < count; done += some) {
+  for (int64_t some = 0; persistent() && done < count; done += some) {
     some = std::min(count - done, kMostSteps);
     const Gather gather{now(done),       some,       most_size_, data_,   rows_, most_size_, exchanged.x,
                         sizes.row_bytes, optimizer_, updates_,   factors_};
@@ -396,7 +397,7 @@ int Schedule::run_persistent(int64_t count, int64_t& done, cudaStream_t stream) 
       if (int failed = persistent::out_of_range(launch, out_of_range, stream)) return failed;
     }
     if (out_of_range) {
-      persistent_ = false;
+      why_not_persistent_ = error ? "a GPU without room for its blocks" : "a number beyond the range of a half";
       some = 0;
     } else if (gpu_.timed) {
       if (int failed = read_phases(sizes, exchanged, some, stream)) return failed;
@@ -434,7 +435,7 @@ int Schedule::run(const std::vector<Steps>& steps, float* terms, cudaStream_t st
     const int64_t count = std::min(most_steps_, n_steps - begin);
     if (int error = load(steps, begin, count, stream)) return error;
     int64_t taken = 0;
-    if (int error = persistent_ ? run_persistent(count, taken, stream) : 0) return error;
+    if (int error = persistent() ? run_persistent(count, taken, stream) : 0) return error;
     // The very first steps are launched as they are: the driver loads kernels when they are first used, which a capture
     // may not do.
     for (int64_t done = taken; done < count;) {

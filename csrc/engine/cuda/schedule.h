@@ -52,6 +52,7 @@ struct Gpu {
   bool overlap;             // see Way
   bool persistent = false;  // whether persistent.h takes the steps that it can
   bool timed = false;       // and counts the cycles of its phases
+  bool cooperative = true;  // whether it has what that kernel is made of
 };
 
 // Of the last launch of persistent.h: what a block spent in a phase of a step on average, in cycles of its
@@ -83,8 +84,9 @@ class Schedule {
   int64_t model_bytes() const { return model_bytes_; }
   int64_t steps_per_graph() const { return group_; }
   int64_t launches_per_step() const { return launches_; }
-  // Whether the next steps are taken by persistent.h; else by the launches above.
-  bool persistent() const { return persistent_; }
+  // Why the next steps are taken by the launches above; empty: persistent.h takes them.
+  const std::string& why_not_persistent() const { return why_not_persistent_; }
+  bool persistent() const { return why_not_persistent_.empty(); }
   const std::vector<Phase>& phases() const { return phases_; }  // where Gpu::timed
 
  private:
@@ -124,7 +126,7 @@ class Schedule {
   std::vector<Trained> parameters_;  // of the first model, where the kernels find them
   int64_t most_size_, most_steps_, group_, launches_ = 0, model_bytes_ = 0;
   Gpu gpu_;
-  bool persistent_;
+  std::string why_not_persistent_;
   char* exchanged_ = nullptr;  // of persistent.h
   std::vector<Phase> phases_;
 

@@ -33,7 +33,8 @@
 // CPU. Parameters and states change in place, in the tensors given to the constructor, which this object keeps alive;
 // so does `data`: where that moves, make another object. The GIL is released. A model's numbers do not depend on the
 // others. step.steps_per_graph and step.launches_per_step say how a step is launched,
-// step.persistent whether it is not but taken by persistent.h.
+// step.persistent whether it is not but taken by persistent.h, and step.why_not_persistent why it is not, in a few
+// words.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -121,7 +122,8 @@ class CudaStep {
     gpu.overlap = can_overlap() && !(wanted && std::string(wanted) == "0");
     int cooperative = 0;
     check_cuda(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
-    gpu.persistent = persistent && cooperative && can_overlap();  // both are of sm_90 and later
+    gpu.persistent = persistent;
+    gpu.cooperative = cooperative && can_overlap();  // which are of sm_90 and later
     gpu.timed = timed;
     int64_t widest = 2 * std::max(network.data_dim, most_latents);
     for (int64_t width : network.encoder_hidden) widest = std::max(widest, width);
@@ -168,6 +170,7 @@ class CudaStep {
   int64_t steps_per_graph() const { return schedule_->steps_per_graph(); }
   int64_t launches_per_step() const { return schedule_->launches_per_step(); }
   bool persistent() const { return schedule_->persistent(); }
+  std::string why_not_persistent() const { return schedule_->why_not_persistent(); }
   std::vector<std::tuple<std::string, std::string, std::vector<double>>> phases() const {
     std::vector<std::tuple<std::string, std::string, std::vector<double>>> found;
     for (const Phase& phase : schedule_->phases())
@@ -211,6 +214,7 @@ void bind_cuda_step(py::module_& m) {
       .def_property_readonly("steps_per_graph", &CudaStep::steps_per_graph)
       .def_property_readonly("launches_per_step", &CudaStep::launches_per_step)
       .def_property_readonly("persistent", &CudaStep::persistent)
+      .def_property_readonly("why_not_persistent", &CudaStep::why_not_persistent)
       .def_property_readonly("phases", &CudaStep::phases);
 }
 
