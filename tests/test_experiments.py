@@ -238,11 +238,29 @@ def states(verdicts: list[page.Verdict], words: str) -> list[bool | None]:
 @pytest.mark.parametrize(
     ("by", "end", "holds"), [(-0.9, 10**7, True), (-1.1, 10**7, False), (0.5, 10**6, None)]
 )
-def test_aevb_on_mnist_is_to_be_no_more_than_a_nat_below_the_paper(
-    by: float, end: int, holds: bool | None
+@pytest.mark.parametrize("key", ["mnist-20", "frey-2"])
+def test_aevb_is_to_be_no_more_than_a_nat_below_the_paper(
+    key: str, by: float, end: int, holds: bool | None
 ) -> None:
-    points = {("mnist-20", "aevb"): shifted("figure2", "mnist-20", "aevb", by, end)}
+    points = {
+        (key, "aevb"): shifted("figure2", key, "aevb", by, end),
+        (key, "wake-sleep"): [],
+    }
     assert states(figure2.verdicts(points), "paper − 1") == [holds]
+
+
+@pytest.mark.parametrize(
+    ("by", "end", "holds"), [(-1.9, 10**8, True), (-2.1, 10**8, False), (-9.0, 10**7, None)]
+)
+@pytest.mark.parametrize("key", ["mnist-5", "frey-10"])
+def test_wake_sleep_is_to_be_no_more_than_two_nats_below_the_paper_at_the_end(
+    key: str, by: float, end: int, holds: bool | None
+) -> None:
+    points = {
+        (key, "aevb"): [],
+        (key, "wake-sleep"): shifted("figure2", key, "wake-sleep", by, end),
+    }
+    assert states(figure2.verdicts(points), "paper − 2 ") == [holds]
 
 
 @pytest.mark.parametrize(("by", "holds"), [(0.0, True), (10.0, False)])
