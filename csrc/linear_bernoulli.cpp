@@ -235,10 +235,11 @@ using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
 
 // Below, bias is the last input: it may be missing, and then the edges after it would move.
 
-// log p is linear in x, with the logits for a gradient; whoever asks for that has them stored.
+// log p is linear in x, with the logits for a gradient; whoever asks for that has them stored. In the loss's type,
+// which a `grad` without dimensions does not impose.
 Tensor grad_x(const Tensor& grad, const Tensor& h, const Tensor& weight, const optional<Tensor>& bias,
               const Tensor& x) {
-  return grad_target(grad * at::linear(h, weight, bias), x);
+  return grad_target(grad * at::linear(h, weight, bias).to(loss_type(h)), x);
 }
 
 // Gradients from `make`, known to autograd as functions of all the inputs that have no derivative of their own.

@@ -99,6 +99,103 @@ def test_float64_agrees_with_the_oracle(case, device):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def gradients(function, inputs: list[Tensor], wanted: int) -> list[Tensor]:
+    """Of the last output's sum in the first ``wanted`` inputs, in float64."""
+    leaves = [t.clone().requires_grad_(i < wanted) for i, t in enumerate(inputs)]
+    return [g.double() for g in torch.autograd.grad(function(*leaves).sum(), leaves[:wanted])]
+
+
+def worse(ours: Tensor, plain: Tensor, exact: Tensor) -> float:
+    """The root mean square error over that of plain PyTorch."""
+    errors = [(t.double() - exact).square().mean().sqrt() for t in (ours, plain)]
+    return float(errors[0] / errors[1].clamp_min(1e-300))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(48,), (512, 1)])
+def test_a_variance_that_is_repeated_has_a_gradient_that_is_rounded_once(half, shape, device):
+    """At its optimum, where the datapoints' own gradients cancel."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(512, 48, generator=generator)
+    x /= x.square().mean(0 if len(shape) == 1 else 1, keepdim=True).sqrt()
+    inputs = [torch.zeros(shape, dtype=half), torch.zeros(512, 48, dtype=half), x]
+    inputs = [t.to(device) for t in inputs]
+
+    def of(ops):
+        return lambda logvar, mean, x: ops.gaussian_log_likelihood(mean, logvar, x)
+
+    found = [gradients(of(ops), inputs, 2) for ops in (vf, vf.reference)]
+    exact = gradients(of(vf.reference), [t.double() for t in inputs], 2)
+    for ours, plain, true in zip(*found, exact, strict=True):
+        assert worse(ours, plain, true) <= 2
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_float32_target_of_a_half_precision_mean_has_a_float32_gradient(half, device):
+    generator = torch.Generator().manual_seed(6)
+    x, mean, logvar = (torch.randn(4, 33, generator=generator).to(device) for _ in range(3))
+    mean, logvar = (torch.stack((t, t / 2)).to(half) for t in (mean, logvar))
+
+    def of(ops):
+        return lambda x, mean, logvar: ops.gaussian_log_likelihood(mean, logvar, x).square()
+
+    found = [gradients(of(ops), [x, mean, logvar], 1) for ops in (vf, vf.reference)]
+    exact = gradients(of(vf.reference), [t.double() for t in (x, mean, logvar)], 1)
+    assert worse(found[0][0], found[1][0], exact[0]) <= 2
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_the_gradient_in_the_target_of_a_half_precision_layer_survives_a_large_factor(reduction, device):
+    generator = torch.Generator().manual_seed(7)
+    h, weight, x = (torch.randn(n, k, generator=generator) for n, k in ((64, 16), (10, 16), (64, 10)))
+    inputs = [x.sigmoid().to(device), h.half().to(device), weight.half().to(device)]
+
+    def of(ops):
+        return lambda x, h, weight: (
+            65536 * ops.linear_bernoulli_log_likelihood(h, weight, None, x, reduction=reduction)
+        )
+
+    found = [gradients(of(ops), inputs, 1) for ops in (vf, vf.reference)]
+    exact = gradients(of(vf.reference), [t.double() for t in inputs], 1)
+    assert worse(found[0][0], found[1][0], exact[0]) <= 2
+
+
+@pytest.mark.parametrize("width", [3000, 200_000])
+def test_in_float64_too_the_error_of_a_sum_does_not_grow_with_its_width(width, device):
+    generator = torch.Generator().manual_seed(8)
+    mu, logvar, x = (torch.randn(6, width, generator=generator, dtype=torch.float64) for _ in range(3))
+    calls = {
+        "gaussian_kl": (mu, logvar),
+        "bernoulli_log_likelihood": (mu, x.sigmoid()),
+        "gaussian_log_likelihood": (mu, logvar, x),
+    }
+    for name, inputs in calls.items():
+        inputs = [t.to(device) for t in inputs]
+        ours, plain = (getattr(ops, name)(*inputs).cpu() for ops in (vf, vf.reference))
+        terms = getattr(vf.reference, name)(*(t.unsqueeze(-1) for t in inputs)).cpu()
+        exact = torch.tensor([math.fsum(row) for row in terms.tolist()], dtype=torch.float64)
+        error, theirs = (((t - exact) / exact).square().mean().sqrt() for t in (ours, plain))
+        assert error <= 2 * theirs + 3e-16, name  # the terms themselves may be rounded otherwise
+
+
+@pytest.mark.parametrize(
+    ("value", "grad_of"), [(-80.0, "mean"), (-95.0, "mean"), (89.0, "mu"), (200.0, "mu")]
+)
+def test_a_slope_that_is_infinite_does_not_reach_a_direction_that_nobody_asked_for(value, grad_of, device):
+    first = torch.zeros(3, 5, device=device, requires_grad=True)
+    logvar = torch.full((3, 5), value, device=device, requires_grad=True)
+    if grad_of == "mean":
+        out = vf.gaussian_log_likelihood(first, logvar, torch.full((3, 5), 1e5, device=device))
+        expected = -torch.exp(-logvar.detach().double())
+    else:
+        out, expected = vf.gaussian_kl(first, logvar), torch.ones(3, 5, dtype=torch.float64, device=device)
+    (grad,) = torch.autograd.grad(out.sum(), first, create_graph=True)
+    curvature, mixed = torch.autograd.grad(grad.sum(), (first, logvar))
+    torch.testing.assert_close(curvature.double(), expected.float().double(), rtol=1e-6, atol=0)
+    if grad_of == "mu":
+        assert torch.equal(mixed, torch.zeros_like(mixed))
+
+
 HARD_LOGITS = [
     0.0,
     -0.0,

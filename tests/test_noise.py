@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,16 @@ def test_float32_normals_are_within_four_units_in_the_last_place_of_exact(device
     ulp = torch.exp2(torch.floor(torch.log2(exact.abs())) - 23)
     error = (ours - exact).abs() / ulp
     assert error.max() < 4.5 and error.mean() < 0.6
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint64])
+def test_numpys_integers_are_seeds(kind):
+    for seed in (0, 7, 2**31 - 1):
+        assert torch.equal(vf.philox_normal((9,), seed=kind(seed)), vf.philox_normal((9,), seed=seed))
+        models = [vf.VAE(data_dim=5, hidden_dims=[3], latent_dim=2, seed=s) for s in (kind(seed), seed)]
+        trainers = [vf.Trainer(model, seed=s) for model, s in zip(models, (kind(seed), seed), strict=True)]
+        assert all(map(torch.equal, *(model.parameters() for model in models)))
+        assert trainers[0].settings == trainers[1].settings
 
 
 def test_a_longer_draw_begins_with_the_shorter_one_and_shape_does_not_matter(device):

@@ -505,6 +505,22 @@ REFUSALS = {
         ValueError,
         "mu: got shape",
     ),
+    "noise beside its seed": (
+        lambda: vf.philox_normal((3,), seed=torch.zeros(1).long(), device="meta"),
+        ValueError,
+        "seed: got device cpu, wanted meta",
+    ),
+    "a seed that is no integer": (lambda: vf.reparameterize(z4, z4, seed=1.0), TypeError, "seed: got 1.0"),
+    "such a seed of a model": (
+        lambda: vf.VAE(data_dim=3, latent_dim=2, seed=1.5),
+        TypeError,
+        "seed: got 1.5, wanted an integer",
+    ),
+    "such a seed of a training": (
+        lambda: vf.Trainer(vf.VAE(data_dim=3, latent_dim=2), seed=1.5),
+        TypeError,
+        "seed: got 1.5, wanted an integer",
+    ),
     "noise of integers": (
         lambda: vf.philox_normal((3,), seed=1, dtype=torch.int32),
         TypeError,

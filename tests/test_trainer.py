@@ -153,6 +153,16 @@ def test_beta_is_not_in_the_reported_bound_but_changes_the_training() -> None:
     assert rows[1].train_kl < rows[0].train_kl
 
 
+@pytest.mark.parametrize("engine", ["native", "modules", "reference"])
+def test_out_of_memory_says_what_would_fit_on_a_cpu_too(engine: str) -> None:
+    trainer = small_trainer(engine=engine, num_samples=10**12)
+    before = [p.clone() for p in trainer.model.parameters()]
+    message = "out of memory on cpu: minibatches of 20 .*, 1000000000000 latent samples .*; 10 datapoints"
+    with pytest.raises(TrainingError, match=message):
+        trainer.fit(data(), max_samples=40, progress=False)
+    assert all(map(torch.equal, trainer.model.parameters(), before))
+
+
 @pytest.mark.parametrize("option", ["num_samples", "weight_prior", "order", "seed", "targets", "estimator"])
 def test_every_setting_changes_the_curve(option: str) -> None:
     value = {

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .distributions import log_normal as log_normal  # of use to algorithms that call no estimator
 from .distributions import posterior_of
+from .reference import integer
 
 RUNNING_DECAY = 0.9  # of the running baseline, per step: it looks back over about ten minibatches
 
@@ -64,6 +65,7 @@ def step_seed(seed: int, step: int, stream: int = NOISE) -> int:
 
 def step_seeds(seed: int, first_step: int, n_steps: int, *streams: int) -> NDArray[np.int64]:
     """:func:`step_seed` of consecutive steps, ``[n_steps, len(streams)]``."""
+    seed = integer("seed", seed)
     first = [(seed + (first_step + 1) * GOLDEN + stream * _STREAM) & _MASK64 for stream in streams]
     later = np.arange(n_steps, dtype=np.uint64) * np.uint64(GOLDEN)
     return splitmix64(np.array(first, dtype=np.uint64) + later[:, None]).view(np.int64)

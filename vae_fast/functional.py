@@ -214,8 +214,15 @@ def gaussian_log_likelihood(mean: Tensor, logvar: Tensor, x: Tensor, *, reductio
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or an unknown reduction.
     """
-    if logvar.dim() > 0 and logvar.shape != mean.shape:
-        logvar = logvar.reshape(()) if logvar.numel() == 1 else _broadcast("logvar", logvar, "mean", mean)
+    repeated = logvar.dim() > 0 and logvar.shape != mean.shape and logvar.numel() != 1
+    summed = (repeated and logvar.requires_grad) or x.requires_grad
+    if summed and mean.dtype == logvar.dtype and mean.dtype in (torch.float16, torch.bfloat16):
+        # Their gradients are sums, or belong to a float32 x: they are not to be rounded before.
+        mean, logvar = mean.float(), logvar.float()
+    if repeated:
+        logvar = _broadcast("logvar", logvar, "mean", mean)
+    elif logvar.numel() == 1 and logvar.shape != mean.shape:
+        logvar = logvar.reshape(())
     return reduce(_ops.gaussian_log_likelihood_forward(mean, logvar, x), reduction)
 
 
@@ -268,7 +275,9 @@ def philox_normal(
         TypeError: dtype is not floating-point, or a seed tensor is not int64.
         ValueError: a seed tensor has more than one element, or is on another device.
     """
-    device = seed.device if isinstance(seed, Tensor) else torch.device(device)
+    device = torch.device(device)
+    if isinstance(seed, Tensor) and seed.device.type != device.type:
+        raise ValueError(f"seed: got device {seed.device}, wanted {device}, the device of the noise")
     return cast(Tensor, _ops.philox_normal(shape, _seed_tensor(seed, device, None), dtype))
 
 

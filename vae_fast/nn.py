@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import functional as F
 from .distributions import POSTERIORS, Posterior
 from .estimators import ESTIMATORS, default_estimator
+from .reference import integer
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus}
@@ -224,6 +225,7 @@ class VAE(nn.Module):
         _one_of("activation", activation, tuple(ACTIVATIONS))
         _one_of("mean_activation", mean_activation, (None, "sigmoid"))
         _one_of("init", init, ("paper", "lecun", "torch"))
+        seed = None if seed is None else integer("seed", seed)
         if (encoder is None) != (decoder is None):
             raise ValueError("encoder, decoder: got one of them, wanted both or neither")
         if not isinstance(posterior, Posterior):

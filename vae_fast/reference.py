@@ -10,8 +10,9 @@ Salmon, Moraes, Dror & Shaw, *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -53,9 +54,8 @@ def philox4x32(counter: Tensor, seed: int | Tensor, rounds: int = 10) -> Tensor:
     counter: int64 ``[n]``, used as the counter words (low, high, 0, 0). seed: the 64-bit key. Returns ``[n,
     4]``.
     """
-    key = torch.as_tensor(signed64(seed) if isinstance(seed, int) else seed, device=counter.device).reshape(
-        ()
-    )
+    key = seed if isinstance(seed, Tensor) else torch.tensor(signed64(seed))
+    key = key.to(counter.device).reshape(())
     k0, k1 = key & _MASK32, (key >> 32) & _MASK32
     c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
     c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
@@ -72,8 +72,16 @@ def philox4x32(counter: Tensor, seed: int | Tensor, rounds: int = 10) -> Tensor:
 
 
 def signed64(seed: int) -> int:
-    """The 64 low bits of a Python int, as the int64 that holds them."""
-    return ((seed + 2**63) % 2**64) - 2**63
+    """The 64 low bits of an integer, as the int64 that holds them."""
+    return ((integer("seed", seed) + 2**63) % 2**64) - 2**63
+
+
+def integer(name: str, value: SupportsIndex) -> int:
+    """As a Python int, which does not overflow; NumPy's integers are some, 1.0 is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, wanted an integer") from None
 
 
 def philox_normal(

@@ -7,10 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from . import datasets, native
-from .trainer import History, Trainer, TrainingError, _bar, _Interrupt, report_interval
+from .trainer import History, Trainer, TrainingError, _bar, _Interrupt, is_out_of_memory, report_interval
 
 
 def sweep(
@@ -178,7 +176,7 @@ def _side_by_side(runs: Sequence[_Run]) -> TrainingError | None:
     except BaseException as error:
         for run, saved in waiting:
             run.engine.restore(saved)
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise TrainingError(
                 f"out of memory: {len(runs)} models side by side do not fit; wanted fewer"
             ) from error

@@ -54,6 +54,7 @@ from .estimators import (
 from .evaluation import Bound, bound
 from .nn import VAE
 from .optim import OptimizerFactory, make_optimizer
+from .reference import integer
 
 ON_NAN = ("stop", "skip", "rollback")
 TARGETS = ("auto", "real", "binary", "dynamic")
@@ -228,6 +229,7 @@ class Trainer:
     ) -> None:
         check_engine(engine, precision)
         _one_of("on_nan", on_nan, ON_NAN)
+        seed = integer("seed", seed)
         name = optimizer if isinstance(optimizer, str) else None
         if not isinstance(model, VAE):
             got = type(model).__name__
@@ -387,7 +389,9 @@ class Trainer:
         before = engine.snapshot()
         try:
             terms = engine.run(len(sizes))
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             engine.restore(before)
             size, samples = int(sizes.max()), self.settings.num_samples
             raise TrainingError(
@@ -650,6 +654,13 @@ class Trainer:
             finally:
                 self._fitting = False
                 self._random = random_state(self.device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's allocator has an exception of its own; that of a CPU is known by its words."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 def report_interval(source: Source) -> int:

@@ -16,20 +16,26 @@ namespace {
 VAE_FAST_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The sum over a row of blocks and a rest: block(c, k) gives the sum, in float lanes, of the k <= kBlock full vectors
-// from element c on, rest(c, n) the vector of the last n elements. Blocks add up in double: the error does not grow
-// with the width of the row.
+// from element c on, rest(c, n) the vector of the last n elements. Blocks add up in double, and what these additions
+// round off adds up beside them (Neumaier, 1974): the error does not grow with the width of the row.
 template <class V, int kBlock, class Block, class Rest>
 VAE_FAST_INLINE double row_sum_in_blocks(int64_t cols, Block block, Rest rest) {
   constexpr int64_t lanes = Memory<V>::lanes;
-  double total = 0;
+  double total = 0, rounded_off = 0;
+  const auto add = [&](double term) {
+    const double sum = total + term, of_term = sum - total;
+    rounded_off += (total - (sum - of_term)) + (term - of_term);
+    total = sum;
+  };
   int64_t c = 0;
   while (c + lanes <= cols) {
     const int64_t vectors = min((cols - c) / lanes, kBlock);
-    total += Memory<V>::sum(block(c, vectors));
+    add(Memory<V>::sum(block(c, vectors)));
     c += vectors * lanes;
   }
-  if (c < cols) total += Memory<V>::sum(Memory<V>::keep(rest(c, cols - c), cols - c));
-  return total;
+  if (c < cols) add(Memory<V>::sum(Memory<V>::keep(rest(c, cols - c), cols - c)));
+  const double sum = total + rounded_off;
+  return sum == sum ? sum : total;  // of an infinite total what was rounded off is NaN
 }
 
 // sum_c term(c, n) over a row, where term gives the vector of elements [c, c + n)
@@ -143,8 +149,8 @@ void gaussian_kl_double_backward(const GaussianKLDoubleBackward& a, int64_t begi
     static_cast<Scalar<T>*>(a.ggrad_kl)[r] = static_cast<Scalar<T>>(row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
       V vm = M::load(v_mu + c, n), vl = M::load(v_logvar + c, n), lv = M::load(logvar + c, n);
       M::store(grad_mu + c, g * vm, n);
-      M::store(grad_logvar + c, g * vl * gaussian_kl_curvature_logvar(lv), n);
-      return vm * M::load(mu + c, n) + vl * gaussian_kl_grad_logvar(lv);
+      M::store(grad_logvar + c, g * along(vl, gaussian_kl_curvature_logvar(lv)), n);
+      return along(vm, M::load(mu + c, n)) + along(vl, gaussian_kl_grad_logvar(lv));
     }));
   }
 }
@@ -499,9 +505,9 @@ void gaussian_double_backward(const GaussianDoubleBackward& a, int64_t begin, in
       GaussianResidual<V> residual(M::load(mean + c, n), logvar.at(row + c, n), M::load(x + c, n));
       V vm = M::load(v_mean + c, n);
       V vl = a.logvar_scalar ? V{} + v_row : M::load(static_cast<const T*>(a.ggrad_logvar) + row + c, n);
-      M::store(grad_mean + c, g * (residual.curvature_mean() * vm + residual.curvature_mixed() * vl), n);
-      to_logvar = g * (residual.curvature_mixed() * vm + residual.curvature_logvar() * vl);
-      return vm * residual.grad_mean() + vl * residual.grad_logvar();
+      M::store(grad_mean + c, g * (along(vm, residual.curvature_mean()) + along(vl, residual.curvature_mixed())), n);
+      to_logvar = g * (along(vm, residual.curvature_mixed()) + along(vl, residual.curvature_logvar()));
+      return along(vm, residual.grad_mean()) + along(vl, residual.grad_logvar());
     };
     double ggrad = row_sum<V>(a.cols, [&](int64_t c, int64_t n) {
       V to_logvar, term = terms(c, n, to_logvar);

@@ -241,9 +241,10 @@ struct LogLikelihoodDoubleBackward {
       const R v_mean = in.v_mean.template get<R>(j);
       R v_logvar = row.v_logvar;
       if constexpr (!kOneLogvar) v_logvar = in.v_logvar.template get<R>(j);
-      to_mean[j] = row.grad * (residual.curvature_mean() * v_mean + residual.curvature_mixed() * v_logvar);
-      to_logvar[j] = row.grad * (residual.curvature_mixed() * v_mean + residual.curvature_logvar() * v_logvar);
-      const R term = v_mean * residual.grad_mean() + v_logvar * residual.grad_logvar();
+      to_mean[j] = row.grad * (along(v_mean, residual.curvature_mean()) + along(v_logvar, residual.curvature_mixed()));
+      to_logvar[j] =
+          row.grad * (along(v_mean, residual.curvature_mixed()) + along(v_logvar, residual.curvature_logvar()));
+      const R term = along(v_mean, residual.grad_mean()) + along(v_logvar, residual.grad_logvar());
       sums.value[0] += j < n ? term : R{};
       if constexpr (kOneLogvar) sums.value[1] += j < n ? to_logvar[j] : R{};
     }

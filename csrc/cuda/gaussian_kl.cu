@@ -127,8 +127,8 @@ struct KLDoubleBackward {
       const R v_mu = in.v_mu.template get<R>(j), v_logvar = in.v_logvar.template get<R>(j);
       const R logvar = in.logvar.template get<R>(j);
       to_mu[j] = row.grad_kl * v_mu;
-      to_logvar[j] = row.grad_kl * v_logvar * gaussian_kl_curvature_logvar(logvar);
-      const R term = v_mu * in.mu.template get<R>(j) + v_logvar * gaussian_kl_grad_logvar(logvar);
+      to_logvar[j] = row.grad_kl * along(v_logvar, gaussian_kl_curvature_logvar(logvar));
+      const R term = along(v_mu, in.mu.template get<R>(j)) + along(v_logvar, gaussian_kl_grad_logvar(logvar));
       sums.value[0] += j < n ? term : R{};
     }
     store_chunk<kVector, N>(row.grad_mu + c, to_mu, n);

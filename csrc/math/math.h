@@ -24,6 +24,13 @@ VAE_FAST_INLINE V constant(double value) {
   return V{} + static_cast<typename Math<V>::Scalar>(value);
 }
 
+// a v, the share that a direction v has of a derivative a: nothing of an infinite one where v is zero. NaN stays.
+template <class V>
+VAE_FAST_INLINE V along(V v, V a) {
+  const V none = a == a ? V{} : a;
+  return v == V{} ? none : v * a;
+}
+
 // (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2; minimax fit, error 6e-8; of exp(r) that is 1.3e-8.
 template <class V>
 VAE_FAST_INLINE V exp_from_second_order(V r) {

@@ -61,9 +61,9 @@ class FullVB(Algorithm):
 
     Args:
         model: its decoder becomes a distribution of decoders.
-        weight_samples: how many draws of theta a minibatch is divided among; M of them is algorithm 2 to the
-            letter, a draw for each datapoint. The gradient is unbiased with any number, and one draw costs
-            least.
+        weight_samples: how many draws of theta a minibatch is divided among (a last one of fewer datapoints:
+            as many as it has); M of them is algorithm 2 to the letter, a draw for each datapoint. The
+            gradient is unbiased with any number, and one draw costs least.
         initial_logvar: of every parameter. The default, a standard deviation of 0.01, is that of the initial
             values.
         options: as for :class:`vae_fast.Trainer`, with ``order="replacement"``; no ``estimator``,
@@ -124,9 +124,8 @@ class _Program(StepProgram):
         z, kl = ops.reparameterize_with_kl(mu, logvar, seed=seed)
         mean = parameters_to_vector(model.decoder)
         likelihoods = []
-        for i, (x_part, z_part) in enumerate(
-            zip(x.chunk(self._weight_samples), z.chunk(self._weight_samples), strict=True)
-        ):
+        parts = min(self._weight_samples, len(x))
+        for i, (x_part, z_part) in enumerate(zip(x.tensor_split(parts), z.tensor_split(parts), strict=True)):
             theta = ops.reparameterize(mean, model.decoder_logvar, seed=substream(seed, i + 1, self.device))
             decoded = functional_call(model.decoder, _views(model.decoder, theta), (z_part,))
             likelihoods.append(log_likelihood(model, decoded, x_part, ops))
