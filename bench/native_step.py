@@ -2,14 +2,15 @@
 
 python -m bench.native_step [--out DIR] [--quick]    writes DIR/native_step.json and native_step.txt
 python -m bench.native_step --once                   small networks of every kind, for compute-sanitizer
-python -m bench.native_step --timeline               where the microseconds of a step go, launch by launch,
-                                                     and by the persistent kernel phase by phase
+python -m bench.native_step --timeline               where the microseconds of a step go, launch by launch
+python -m bench.native_step --persistent ...         the same of steps by the persistent kernel, which stays
+                                                     on the GPU for many: persistent.json and .txt, phases
 
 Right: the paper's model on MNIST, exact and fast, against the reference engine in float64 on the same GPU,
 with the same seed, order and noise. The exit status is 1 where `exact` strays by more than 0.05 nat in the
 mean of 100 steps, two equal runs differ in a bit, or a model beside others does from the same model alone.
-Timed is run() as the trainer calls it, copies of rows and terms included. A step is a sequence of launches
-or, where it says so, of the persistent kernel that stays on the GPU for many steps.
+Timed is run() as the trainer calls it, copies of rows and terms included. What is known is written after
+every line. Where a GPU of sm_90 or later does not take the persistent kernel, that is a failure, too.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def check(
 ) -> dict[str, float]:
     """Largest differences from the reference in means over up to 100 steps, nats; nan if a repeat differs.
 
-    With ``persistent`` nan too if a number was out of its range, and none where it is not to be had.
+    With ``persistent`` nan too if a number was out of its range.
     """
     from vae_fast import reference
     from vae_fast.batches import ArraySource
@@ -131,8 +132,6 @@ def check(
                 options={**OPTIONS, "accumulate_steps": accumulate_steps},
                 persistent=persistent,
             )
-            if persistent and not step.persistent:
-                return {}
             terms = step.run(*steps_of(len(data), batch_size, 0, n), [0])[0]
             runs.append([terms, *(p.cpu() for p in parameters)])
             if step.persistent != persistent:
@@ -295,6 +294,14 @@ def once(device: torch.device) -> int:
         terms = step.run(*steps_of(23, batch_size, 0, 5, models), [0] * models)
         assert terms.isfinite().all() and all(p.isfinite().all() for p in parameters)
         done += 1
+    return done
+
+
+def once_persistent(device: torch.device) -> int:
+    """The same of the persistent kernel."""
+    import vae_fast as vf
+
+    done = 0
     for precision, optimizer in itertools.product(("exact", "fast"), STATES):
         values = torch.randint(0, 256, (64, 133), dtype=torch.uint8, device=device)
         step, parameters = make_step(
@@ -310,8 +317,73 @@ def once(device: torch.device) -> int:
         )
         terms = step.run(*steps_of(64, 41, 0, 5), [0])
         assert terms.isfinite().all() and all(p.isfinite().all() for p in parameters)
-        done += step.persistent
+        assert step.persistent, f"the persistent kernel did not take {step.why_not_persistent}"
+        done += 1
     return done
+
+
+class Report:
+    """What was found so far, in ``out``/NAME.txt and NAME.json after every line."""
+
+    def __init__(self, out: Path | None, name: str, argv: Sequence[str]) -> None:
+        self._out, self._name = out, name
+        self._lines: list[str] = []
+        self.facts: dict[str, Any] = machine.describe(" ".join(["python -m bench.native_step", *argv]))
+        self.facts |= {"gpu": torch.cuda.get_device_name(), "nats_from_float64": {}, "steps": []}
+        self.right = True
+        self.say(self.facts["gpu"])
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        self._lines.append(line)
+        if self._out is not None:
+            self._out.mkdir(parents=True, exist_ok=True)
+            facts = self.facts | {"right": self.right}
+            for suffix, text in (("txt", "\n".join(self._lines)), ("json", json.dumps(facts, indent=1))):
+                (self._out / f"{self._name}.{suffix}").write_text(text + "\n", encoding="utf-8")
+
+    def strays(self, found: dict[str, float], what: str = "") -> None:
+        for precision, stray in found.items():
+            name = precision + what
+            self.facts["nats_from_float64"][name] = stray
+            self.right &= not math.isnan(stray) and (precision != "exact" or stray <= TOLERANCE)
+            if math.isnan(stray):
+                self.say(f"{name}: two equal runs differ, or a number was out of range")
+            else:
+                self.say(f"{name}: at most {stray:.4f} nat from float64 in means over steps")
+
+    def times(self, found: dict[str, Any]) -> None:
+        if not self.facts["steps"]:
+            self.say("models hidden  batch precision  us per step of a model (median, least, most)")
+        self.facts["steps"].append(found)
+        self.say(
+            f"{found['models']:>6} {found['hidden']:>6} {found['batch_size']:>6} {found['precision']:>9}  "
+            f"{found['us_per_step']:.2f}, {found['least']:.2f}, {found['most']:.2f}"
+        )
+
+
+def report_launches(report: Report, data: Tensor, quick: bool) -> None:
+    report.strays(check(data, 300 if quick else 600))
+    report.strays(check(data, 20, 2048, accumulate_steps=0), ", batch 2048")  # in large tiles
+    differ = side_by_side(data, 100)
+    report.facts["differ_side_by_side"] = differ
+    report.right &= not differ
+    report.say(f"side by side, bits that differ from alone: {', '.join(differ) or 'none'}")
+    shapes = [(1, *shape) for shape in itertools.product((500,) if quick else (500, 2000), (100, 1000, 8192))]
+    shapes += [(models, 500, 100) for models in (8, 32)]
+    for (models, hidden, batch_size), precision in itertools.product(shapes, ("exact", "fast")):
+        report.times(measure(data, hidden, batch_size, precision, 1.0, models))
+
+
+def report_persistent(report: Report, data: Tensor, quick: bool) -> None:
+    step, _ = make_step([paper_model()], data, persistent=True)
+    if why := step.why_not_persistent:
+        report.right = torch.cuda.get_device_capability() < (9, 0)
+        report.say(f"the persistent kernel does not take {why}")
+        return
+    report.strays(check(data, 300 if quick else 600, persistent=True))
+    for precision in ("exact", "fast"):
+        report.times(measure(data, 500, 100, precision, 1.0, persistent=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -322,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a folder")
     parser.add_argument("--once", action="store_true", help="small networks only, untimed")
     parser.add_argument("--timeline", action="store_true", help="where the time of a step goes")
+    parser.add_argument("--persistent", action="store_true", help="of steps by the persistent kernel")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -329,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device("cuda")
     if arguments.once:
-        print(f"{once(device)} networks, all finite")
+        print(f"{(once_persistent if arguments.persistent else once)(device)} networks, all finite")
         return 0
     import vae_fast as vf
 
@@ -337,56 +410,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = torch.as_tensor(train).reshape(len(train), 784).to(device)
     if arguments.timeline:
         for precision in ("exact", "fast"):
-            print(f"{precision}: microseconds after the launch ahead, and of its own")
-            for name, gone, own in timeline(data, precision):
-                print(f"  {name:<16} {gone:6.2f} {own:6.2f}")
-            print(f"{precision}, persistent: cycles of a block, median and most")
-            for half, name, median, most in phases(data, precision):
-                print(f"  {half} {name:<28} {median:8.0f} {most:8.0f}")
+            if arguments.persistent:
+                print(f"{precision}: cycles of a block, median and most")
+                for half, name, median, most in phases(data, precision):
+                    print(f"  {half} {name:<28} {median:8.0f} {most:8.0f}")
+            else:
+                print(f"{precision}: microseconds after the launch ahead, and of its own")
+                for name, gone, own in timeline(data, precision):
+                    print(f"  {name:<16} {gone:6.2f} {own:6.2f}")
         return 0
-    strays = check(data, 300 if arguments.quick else 600)
-    for name, stray in check(data, 20, 2048, accumulate_steps=0).items():  # in large tiles
-        strays[f"{name}, batch 2048"] = stray
-    for name, stray in check(data, 300 if arguments.quick else 600, persistent=True).items():
-        strays[f"{name}, persistent"] = stray
-    differ = side_by_side(data, 100)
-    too_far = [name for name, stray in strays.items() if name.startswith("exact") and stray > TOLERANCE]
-    right = not differ and not too_far and not any(map(math.isnan, strays.values()))
-    lines = [torch.cuda.get_device_name()]
-    lines += [
-        f"{name}: at most {stray:.4f} nat from float64 in means over steps"
-        if not math.isnan(stray)
-        else f"{name}: two equal runs differ, or a number was out of range"
-        for name, stray in strays.items()
-    ]
-    lines.append(f"side by side, bits that differ from alone: {', '.join(differ) or 'none'}")
-    measured = []
-    lines.append(
-        f"\n{'models':>6} {'hidden':>6} {'batch':>6} {'precision':>9}"
-        "  us per step of a model (median, least, most)"
-    )
-    hiddens = (500,) if arguments.quick else (500, 2000)
-    shapes = [(1, *shape) for shape in itertools.product(hiddens, (100, 1000, 8192), ("exact", "fast"))]
-    shapes += [(models, 500, 100, precision) for models in (8, 32) for precision in ("exact", "fast")]
-    kinds = [(*shape, False) for shape in shapes] + [(1, 500, 100, how, True) for how in ("exact", "fast")]
-    for models, hidden, batch_size, precision, persistent in kinds:
-        found = measure(data, hidden, batch_size, precision, 1.0, models, persistent)
-        measured.append(found)
-        lines.append(
-            f"{models:>6} {hidden:>6} {batch_size:>6} {precision:>9}  "
-            f"{found['us_per_step']:.2f}, {found['least']:.2f}, {found['most']:.2f}"
-            + ("  persistent" if found["persistent"] else "")
-        )
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        facts = machine.describe(" ".join(["python -m bench.native_step", *argv]))
-        facts |= {"gpu": torch.cuda.get_device_name(), "nats_from_float64": strays, "steps": measured}
-        facts["differ_side_by_side"] = differ
-        (arguments.out / "native_step.txt").write_text(text, encoding="utf-8")
-        (arguments.out / "native_step.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return int(not right)
+    report = Report(arguments.out, "persistent" if arguments.persistent else "native_step", argv)
+    (report_persistent if arguments.persistent else report_launches)(report, data, arguments.quick)
+    report.say("right" if report.right else "NOT RIGHT")
+    return int(not report.right)
 
 
 if __name__ == "__main__":
