@@ -552,7 +552,37 @@ def test_auto_says_why_it_is_not_native() -> None:
     assert "same known activation" in reason(sharper)
     assert "posterior is laplace" in reason(paper(posterior="laplace"))
     assert "estimator is score_function" in reason(paper(), estimator="score_function")
-    assert "hooks" in reason(hooked)
+    assert "model has hooks" in reason(hooked)
+    backward, by_gradient, after_gradient = paper(), paper(), paper()
+    backward.decoder.register_full_backward_hook(lambda *_: None)
+    assert "model has hooks" in reason(backward)
+    by_gradient.decoder.logits.weight.register_hook(lambda g: g * 0)
+    after_gradient.decoder.logits.bias.register_post_accumulate_grad_hook(lambda p: None)
+    assert "parameters have hooks" in reason(by_gradient)
+    assert "parameters have hooks" in reason(after_gradient)
+    for register in ("register_step_pre_hook", "register_step_post_hook"):
+
+        def clipped(ps: Any, register: str = register) -> torch.optim.Optimizer:
+            made = Adagrad(ps, 0.01)
+            getattr(made, register)(lambda *_: None)
+            return made
+
+        assert "optimizer has hooks" in reason(paper(), clipped)
+    head, replaced, shared = paper(), paper(), paper()
+    head.encoder.mu = type("Doubled", (nn.Linear,), {"forward": lambda self, h: 2 * h[:, :3]})(8, 3)
+    assert "modules of your own" in reason(head)
+    replaced.decoder.logits.forward = lambda h: h.new_zeros(len(h), 37)
+    assert "was replaced" in reason(replaced)
+    shared.encoder.logvar.weight.data = shared.encoder.mu.weight.data
+    assert "share their memory" in reason(shared)
+
+    def uneven(ps: Any) -> torch.optim.Optimizer:
+        ps = list(ps)
+        made = torch.optim.Adam(ps, 0.01)
+        made.state[ps[0]]["step"] = torch.tensor(3.0)
+        return made
+
+    assert "some parameters 0 times and others 3" in reason(paper(), uneven)
     assert "is not a contiguous float32 tensor" in reason(frozen)
     assert "is not a contiguous float32 tensor" in reason(double)
     assert "optimizer is RMSprop" in reason(paper(), lambda ps: torch.optim.RMSprop(ps, 0.01))
@@ -560,6 +590,17 @@ def test_auto_says_why_it_is_not_native() -> None:
     assert "eps=0" in reason(paper(), lambda ps: torch.optim.Adam(ps, 0.01, eps=0))
     assert "eps=1e-40" in reason(paper(), lambda ps: Adagrad(ps, 0.01, eps=1e-40))
     assert "amsgrad" in reason(paper(), lambda ps: torch.optim.Adam(ps, 0.01, amsgrad=True))
+
+
+def test_a_bias_of_many_rows_has_a_gradient_as_exact_as_torchs() -> None:
+    how = {"data": pixels(6000), "batch": 6000, "steps": 1, "optimizer": "sgd", "lr": 1.0, "hidden_dims": [4]}
+    exact = train("reference", torch.float64, **how)[1]
+    errors = {}
+    for name in ("native", "modules"):
+        state = train(name, **how)[1]
+        biases = [key for key in exact if key.endswith("bias")]
+        errors[name] = max(float((state[key] - exact[key]).abs().max()) for key in biases)
+    assert errors["native"] <= max(2 * errors["modules"], 5e-7), errors
 
 
 def test_auto_is_native_where_it_can_be() -> None:

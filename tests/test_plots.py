@@ -227,7 +227,7 @@ class TestManifold:
         assert (picture[..., [0, 2]] == 128).all()
         assert picture[0, :, 1].tolist() == pytest.approx([42, 128, 212], abs=1)
         assert picture[:, 0, 3].tolist() == pytest.approx([212, 128, 42], abs=1)
-        assert figure.axes[0].get_title(loc="left") == "Most active latents (2, 4), others at 0"
+        assert figure.axes[0].get_title(loc="left") == "Most active latents (1, 3), others at 0"
 
     def test_without_the_variances_more_than_two_latents_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"variance: got None, wanted .* each of the 4 latents"):
@@ -244,7 +244,7 @@ class TestLatentActivity:
         (ax,) = plots.latent_activity(variance).axes
         tops = [bar.get_y() + bar.get_height() for bar in ax.patches]
         assert tops == pytest.approx([1.0, 0.5, 0.02, 0.002])
-        assert [label.get_text() for label in ax.get_xticklabels()] == ["3", "1", "4", "2"]
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "0", "3", "1"]
 
     def test_it_counts_the_units_above_the_line_of_0_01(self) -> None:
         (ax,) = plots.latent_activity([0.5, 0.01, 1.0, 0.02]).axes
@@ -265,11 +265,11 @@ class TestLatents:
         (ax,) = plots.latents(self.MEAN).axes
         (points,) = ax.collections
         np.testing.assert_allclose(points.get_offsets(), self.MEAN[:, [1, 2]])
-        assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[z | x], latent 2", "E[z | x], latent 3")
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[z | x], latent 1", "E[z | x], latent 2")
 
     def test_two_units_are_in_the_order_of_the_manifold(self) -> None:
         (ax,) = plots.latents(self.MEAN[:, [0, 1]]).axes
-        assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[z | x], latent 1", "E[z | x], latent 2")
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[z | x], latent 0", "E[z | x], latent 1")
 
     def test_classes_have_colours_and_stand_at_their_medians(self) -> None:
         (ax,) = plots.latents(self.MEAN, labels=[7, 5, 7]).axes

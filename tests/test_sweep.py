@@ -47,6 +47,13 @@ def test_each_model_is_that_of_its_own_fit() -> None:
     assert [trainer.engine_name for trainer in together] == ["native"] * 4 + ["modules"]
 
 
+def test_models_that_share_parameters_are_refused() -> None:
+    ours = trainers()[:2]
+    ours[1].model.encoder.mu.weight = ours[0].model.encoder.mu.weight
+    with pytest.raises(ValueError, match="trainers: got models that share parameters"):
+        vf.sweep(ours, data(), max_samples=40, progress=False)
+
+
 def test_it_goes_on_where_it_stopped() -> None:
     twice, once = trainers()[:2], trainers()[:2]
     vf.sweep(twice, data(), max_samples=300, progress=False)

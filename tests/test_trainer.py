@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from vae_fast import VAE, History, Trainer, TrainingError, checkpoint, evaluation
+from vae_fast import VAE, History, MLPEncoder, Trainer, TrainingError, checkpoint, evaluation, sweep
 from vae_fast.batches import MinibatchOrder, StreamSource
 from vae_fast.checkpoint import CheckpointError
-from vae_fast.datasets import DataError
+from vae_fast.datasets import DataError, prepare
 from vae_fast.estimators import ESTIMATORS, RUNNING_DECAY, step_seed
 from vae_fast.optim import OPTIMIZERS, Adagrad
 from vae_fast.trainer import HistoryRow
@@ -46,7 +46,10 @@ def small_model(seed: int = 0) -> VAE:
 
 
 def small_trainer(model: VAE | None = None, **options: Any) -> Trainer:
-    return Trainer(model or small_model(), **{"optimizer": "adam", "lr": 0.01, "batch_size": 20, **options})
+    how = {"optimizer": "adam", "batch_size": 20, **options}
+    if isinstance(how["optimizer"], str):
+        how.setdefault("lr", 0.01)
+    return Trainer(model or small_model(), **how)
 
 
 def fit(trainer: Trainer, train: Any = None, *args: Any, **options: Any) -> History:
@@ -835,3 +838,237 @@ def test_on_a_gpu_a_nan_is_named_too(term: str) -> None:
     trainer = trapped_trainer(term, device="cuda")
     with pytest.raises(TrainingError, match=f"step {bad_step()}: {term} is .*row {BAD_ROW}"):
         fit(trainer, trapped_data())
+
+
+# --- what is silent elsewhere -------------------------------------------------------------------------------
+
+
+def test_a_float64_training_goes_on_in_float64(tmp_path: Path) -> None:
+    straight, halfway = (small_trainer(small_model().double()) for _ in range(2))
+    fit(straight, max_samples=2600, report_every=1300)
+    fit(halfway, max_samples=1300)
+    halfway.save(tmp_path / "run")
+    resumed = Trainer.load(tmp_path / "run")
+    assert next(resumed.model.parameters()).dtype == torch.float64
+    fit(resumed, max_samples=1300)
+    assert same(straight, resumed)
+    with pytest.raises(ValueError, match="dtype: this trainer has 'float32', the saved one 'float64'"):
+        small_trainer().resume(tmp_path / "run")
+
+
+def frozen(model: VAE) -> None:
+    model.encoder.hidden[0].requires_grad_(False)
+
+
+def tied(model: VAE) -> None:
+    model.encoder.logvar.weight = model.encoder.mu.weight
+
+
+def other_activation(model: VAE) -> None:
+    model.encoder.hidden[1] = nn.ReLU()
+
+
+def other_scale(model: VAE) -> None:
+    model.encoder.logvar_scale = 0.1
+
+
+@pytest.mark.parametrize("change", [frozen, tied, other_activation, other_scale])
+def test_a_model_that_was_changed_is_not_made_anew_from_a_checkpoint(change: Any, tmp_path: Path) -> None:
+    def changed() -> VAE:
+        model = small_model()
+        change(model)
+        return model
+
+    straight, halfway = small_trainer(changed()), small_trainer(changed())
+    fit(straight, max_samples=2600, report_every=1300)
+    fit(halfway, max_samples=1300)
+    halfway.save(tmp_path / "run")
+    with pytest.raises(ValueError, match="model: got None, wanted the one of this checkpoint"):
+        Trainer.load(tmp_path / "run")
+    resumed = Trainer.load(tmp_path / "run", model=changed())
+    fit(resumed, max_samples=1300)
+    assert same(straight, resumed)
+
+
+@pytest.mark.parametrize("other", [{"activation": "softplus"}, {"posterior": "log_normal"}])
+def test_another_model_of_the_same_shapes_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    fit(small_trainer(), checkpoint=tmp_path / "run")
+    model = VAE(data_dim=12, hidden_dims=[8], latent_dim=2, init="torch", **other)
+    (name,) = other
+    for go_on in (
+        lambda: small_trainer(model).resume(tmp_path / "run"),
+        lambda: Trainer.load(tmp_path / "run", model=model),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: this trainer has '{other[name]}', the saved one"):
+            go_on()
+
+
+def test_an_optimizer_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    def square(first: bool) -> VAE:
+        model = VAE(data_dim=8, hidden_dims=[8, 8], latent_dim=8, init="torch", seed=0)
+        model.encoder.hidden[0 if first else 2].requires_grad_(False)
+        return model
+
+    fit(small_trainer(square(True)), data(130, 8), checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"the optimizer's parameters: this trainer has \['encoder.hidden.0"):
+        small_trainer(square(False)).resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("optimizer.0.exp_avg", torch.zeros(1), "optimizer.0.exp_avg has shape"),
+        ("optimizer.0.exp_avg", None, "keeps of some parameters what it does not of others"),
+        ("history", {}, "its history cannot be read"),
+        ("interval", [1], "its history cannot be read"),
+        ("samples_seen", -5, "got -5 samples"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
+    name: str, value: Any, message: str
+) -> None:
+    trained, other = small_trainer(), small_trainer()
+    fit(trained)
+    state = trained.state_dict()
+    part = state["tensors"] if name in state["tensors"] else state["meta"]
+    part[name] = value
+    if value is None:
+        del part[name]
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    after = other.state_dict()
+    assert all(torch.equal(t, after["tensors"][key]) for key, t in before["tensors"].items())
+    assert without_seconds(before["meta"]) == without_seconds(after["meta"])
+
+
+def test_a_checkpoint_that_asks_for_more_memory_than_it_has_is_refused(tmp_path: Path) -> None:
+    trainer = small_trainer()
+    state = trainer.state_dict()
+    state["meta"]["model"]["latent_dim"] = 10**12
+    checkpoint.save(tmp_path / "run", state["tensors"], {**state["meta"], "kind": Trainer.kind})
+    with pytest.raises(CheckpointError, match="found a model that it does not hold"):
+        Trainer.load(tmp_path / "run")
+
+
+class Draws(nn.Module):
+    """A decoder that draws whenever it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 12)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.linear(z) + 0.1 * torch.randn(len(z), 12)
+
+
+def test_what_a_module_draws_in_an_evaluation_moves_nothing() -> None:
+    def trainer() -> Trainer:
+        torch.manual_seed(1)
+        return small_trainer(VAE(encoder=MLPEncoder(12, [8], 2), decoder=Draws()))
+
+    alone, watched, often = trainer(), trainer(), trainer()
+    fit(alone, max_samples=400)
+    fit(watched, None, data(30), max_samples=400)
+    fit(often, None, data(30), max_samples=400, report_every=60)
+    swept, before = trainer(), torch.get_rng_state()
+    sweep([swept], data(), data(30), max_samples=400, report_every=60, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    for other in (watched, often, swept):
+        assert all(map(torch.equal, alone.model.parameters(), other.model.parameters()))
+    assert often.history.last.test_bound == watched.history.last.test_bound == swept.history.last.test_bound
+
+
+@pytest.mark.parametrize("engine", ["modules", "reference"])
+def test_an_exception_in_a_step_leaves_the_training_where_it_says(engine: str) -> None:
+    straight, stopped = small_trainer(engine=engine), small_trainer(engine=engine)
+    fit(straight, max_samples=400)
+    calls = 0
+
+    def fails(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise RuntimeError("no more")
+
+    hook = stopped.model.decoder.register_forward_hook(fails)
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(stopped, max_samples=400)
+    hook.remove()
+    assert stopped.step_count == 0
+    fit(stopped, max_samples=400)
+    assert all(map(torch.equal, straight.model.parameters(), stopped.model.parameters()))
+
+
+def test_a_buffer_that_is_infinite_from_the_start_is_no_incident() -> None:
+    model = small_model()
+    model.encoder.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    trainer = small_trainer(model, engine="modules")
+    fit(trainer, max_samples=130)
+    assert trainer.step_count == 7
+
+
+def test_a_tensor_for_a_step_size_comes_back(tmp_path: Path) -> None:
+    def adam(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(params, lr=torch.tensor(1e-2), foreach=False)
+
+    trainer = small_trainer(optimizer=adam)
+    trainer.optimizer.param_groups[0]["lr"].fill_(1e-4)
+    trainer.save(tmp_path / "run")
+    resumed = Trainer.load(tmp_path / "run", optimizer=adam)
+    assert float(resumed.optimizer.param_groups[0]["lr"]) == pytest.approx(1e-4)
+
+
+def test_the_step_size_of_an_optimizer_of_ones_own_is_recorded() -> None:
+    with pytest.warns(UserWarning, match="lr: 0.5 is not used"):
+        trainer = Trainer(small_model(), optimizer=torch.optim.SGD, lr=0.5)
+    assert trainer.settings.lr == trainer.optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_ctrl_c_during_the_last_report_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = small_trainer()
+    evaluate = trainer._evaluate
+
+    def interrupted(test: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(test)
+
+    monkeypatch.setattr(trainer, "_evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped after 100 samples"):
+        fit(trainer, None, data(30), max_samples=100)
+
+
+def test_numpys_numbers_are_settings_and_can_be_saved(tmp_path: Path) -> None:
+    numbers = {"lr": np.float32(0.5), "beta": np.float32(1), "num_samples": np.int64(2)}
+    trainer = Trainer(small_model(), batch_size=np.int64(10), **numbers)
+    fit(trainer, checkpoint=tmp_path / "run")
+    assert Trainer.load(tmp_path / "run").settings == trainer.settings
+    with pytest.raises(TypeError, match=r"num_samples: got 1\.5, wanted an integer"):
+        small_trainer(num_samples=1.5)
+
+
+def test_parameters_that_were_replaced_are_not_left_behind_in_silence() -> None:
+    trainer = small_trainer()
+    fit(trainer, max_samples=40)
+    trainer.model.encoder.mu.weight = nn.Parameter(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="model: found other parameters than when this trainer was made"):
+        fit(trainer)
+
+
+def test_an_empty_stream_is_refused() -> None:
+    with pytest.raises(DataError, match="train: found no minibatch in the stream"):
+        fit(small_trainer(), iter([]))
+
+
+def test_data_that_were_prepared_for_a_gaussian_are_checked_for_a_bernoulli() -> None:
+    prepared = prepare(torch.randn(50, 12), likelihood="gaussian")
+    with pytest.raises(DataError, match="train"):
+        fit(small_trainer(), prepared)
+
+
+def test_a_training_that_has_only_accumulated_says_so() -> None:
+    with pytest.warns(UserWarning, match="accumulates in its first 100 steps.* there were 7: no parameter"):
+        fit(small_trainer(optimizer="adagrad"), max_samples=130)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(small_trainer(optimizer="adagrad"), max_samples=2020)

@@ -19,6 +19,7 @@ import re
 import secrets
 import stat
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -61,6 +62,8 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: dict
     """
     target = os.path.realpath(path)
     payload = _serialize(tensors, meta)
+    if os.path.exists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
+        raise _refusal(path, "a device or pipe, which is not replaced", "a file, or none yet")
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         _remove_stale(target)
@@ -97,6 +100,12 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         version, meta = content["format"], content["meta"]
         if type(version) is not int or not isinstance(meta, dict):
             raise TypeError("format or meta of the wrong type")
+        if version == FORMAT:
+            if unknown := content.keys() - {"format", "crc32", "meta"}:
+                raise ValueError(f"unknown entry {min(unknown)!r}")
+            checksum = _checksum(tensors, meta)
+            if content.get("crc32", checksum) != checksum:  # older ones have none
+                raise ValueError("its checksum is that of other content")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _refusal(path, f"damaged metadata ({_one_line(error)})") from error
     if version != FORMAT:
@@ -120,7 +129,8 @@ def _serialize(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> bytes:
         # Own, contiguous memory for each: safetensors refuses views and tensors that share storage.
         host = tensor.detach().cpu()
         plain[name] = host.clone(memory_format=torch.contiguous_format)
-    text = json.dumps({"format": FORMAT, "meta": meta}, separators=(",", ":"))
+    content = {"format": FORMAT, "crc32": _checksum(plain, meta), "meta": meta}
+    text = json.dumps(content, separators=(",", ":"))
     try:
         payload = safetensors.torch.save(plain, metadata={_KEY: text})
     except (SafetensorError, ValueError, KeyError) as error:
@@ -129,6 +139,16 @@ def _serialize(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> bytes:
     if header_bytes > _HEADER_LIMIT:
         raise TypeError(f"meta: found {header_bytes:,} bytes of JSON; wanted at most {_HEADER_LIMIT:,}")
     return payload
+
+
+def _checksum(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> int:
+    """Of every name, type, shape, byte and value: a bit that a disk has turned is found."""
+    found = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
+    return found
 
 
 def _check_json(value: Any, where: str) -> None:

@@ -16,6 +16,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -28,6 +29,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
+
+from . import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +45,19 @@ MOST_HELD_OUT = 10_000
 CHECKPOINT, HISTORY, REPORT, RUN = "checkpoint.safetensors", "history.csv", "report.html", "run.json"
 
 _LR = {"adagrad": 0.02, "sgd": 0.001, "adam": 0.001, "adamw": 0.001}
+
+
+class _Positive(click.FloatRange):
+    """A finite number above 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
 
 
 class _Group(click.Group):
@@ -91,7 +107,7 @@ def _plain_warnings() -> Iterator[None]:
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
 )
-@click.version_option(package_name="vae-fast", message="%(package)s %(version)s")
+@click.version_option(__version__, message="vae-fast %(version)s")
 def main() -> None:
     """Train variational auto-encoders, fast.
 
@@ -176,7 +192,9 @@ _ENGINE = click.option(
     "--test", metavar="PATH", help="Test data. Default: 10 % of DATA is held out, at most 10,000 rows."
 )
 @click.option("--out", metavar="DIR", help="Folder of the run. Default: vae-fast-run, or vae-fast-run-2, ...")
-@click.option("--resume", metavar="DIR", help="Go on with the run in this folder, up to --samples in all.")
+@click.option(
+    "--resume", metavar="DIR", help="Go on with the run in this folder, to its --samples or those given."
+)
 @click.option("--samples", type=click.IntRange(1), default=SAMPLES, help="Training samples in all.")
 @click.option(
     "--hidden",
@@ -195,7 +213,7 @@ _ENGINE = click.option(
 @click.option("--optimizer", type=click.Choice(list(_LR)), default="adagrad", help="How the parameters move.")
 @click.option(
     "--lr",
-    type=click.FloatRange(0, min_open=True),
+    type=_Positive(),
     help="Step size. Default: 0.02 for Adagrad, 0.001 for the others.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=100, help="Datapoints in a minibatch.")
@@ -207,7 +225,7 @@ _ENGINE = click.option(
 )
 @click.option(
     "--pixel-scale",
-    type=click.FloatRange(0, min_open=True),
+    type=_Positive(),
     default=255,
     help="Whole numbers are divided by it; 256 in the paper's code.",
 )
@@ -229,10 +247,10 @@ def train(
 ) -> None:
     """Train a VAE; without arguments the paper's (500 hidden units, 20 latents) on MNIST.
 
-    DATA is an .npy, .npz, .csv or idx file (also .gz) of one row or image per datapoint; FILE.npz:NAME takes
-    one array of several. Left out: the bundled MNIST. The folder of the run then holds report.html,
-    checkpoint.safetensors, history.csv and run.json. Ctrl-C saves, and --resume goes on as if nothing had
-    happened.
+    DATA is an .npy, .npz, .csv or idx file (this also as .gz) of one row or image per datapoint;
+    FILE.npz:NAME takes one array of several. Left out: the bundled MNIST. The folder of the run then holds
+    report.html, checkpoint.safetensors, history.csv and run.json. Ctrl-C saves, and --resume goes on as if
+    nothing had happened.
 
     \b
     Example: vae-fast train faces.npz --likelihood gaussian --hidden 200 --latent 2
@@ -395,6 +413,8 @@ def _device(name: str) -> str:
         kind = torch.device(name)
     except RuntimeError as error:
         raise click.UsageError(f"--device: found {name!r}; wanted cpu, cuda, cuda:N or auto") from error
+    if kind.type not in ("cpu", "cuda"):
+        raise click.UsageError(f"--device: found {name!r}; wanted cpu, cuda, cuda:N or auto")
     if kind.type == "cuda" and not (cuda and (kind.index or 0) < torch.cuda.device_count()):
         raise click.UsageError(
             f"--device: found {name}, which torch does not see here; wanted cpu, or see vae-fast doctor"
@@ -450,6 +470,7 @@ def _fit(
         try:
             with _lines(trainer), warnings.catch_warnings():
                 warnings.filterwarnings("error", message="train: these are not the data")
+                warnings.filterwarnings("ignore", message="optimizer: Adagrad")  # which was said above
                 trainer.fit(
                     train_data,
                     test_data,
@@ -696,7 +717,7 @@ def reconstruct(checkpoint: str, data: str | None, out: Sequence[str], image_sha
 )
 @click.option(
     "--noise",
-    type=click.FloatRange(0, min_open=True),
+    type=_Positive(),
     default=0.3,
     help="Share of the pixels; of normal noise its standard deviation.",
 )
@@ -1006,7 +1027,7 @@ _LEAST_DRAWS = 0.1  # of the variance experiment, which scale 1 does in about a 
 @click.option("--out", metavar="DIR", default="vae-fast-paper", help="Folder; what is in it goes on.")
 @click.option(
     "--scale",
-    type=click.FloatRange(0, min_open=True),
+    type=_Positive(),
     default=0.01,
     help="Fraction of the paper's 10^8 samples per curve.",
 )

@@ -32,6 +32,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .reference import integer
+
 _Array: TypeAlias = NDArray[Any]
 _FilePath: TypeAlias = "str | os.PathLike[str]"
 
@@ -134,7 +136,7 @@ def split(data: Tensor | _Array, test: int | float, *, seed: int = 0) -> tuple[T
     """
     rows = data if isinstance(data, Tensor) else _tensor(data, "data")
     count = len(rows)
-    held_out = test if isinstance(test, int) else round(count * test)
+    held_out = round(count * test) if isinstance(test, (float, np.floating)) else integer("test", test)
     if not 0 < held_out < count:
         raise _refusal(
             "test", f"{test}", f"a number of rows from 1 to {count - 1}, or a fraction that gives one"
@@ -498,6 +500,10 @@ def prepare(
     _check_options(likelihood, targets, pixel_scale)
     if isinstance(data, Prepared):
         _check_width(data.values, width, name)
+        if likelihood == "bernoulli" and data.values.is_floating_point():  # it may be prepared for a Gaussian
+            low, high = (float(extreme) for extreme in torch.aminmax(data.values))
+            if not (low >= 0 and high <= data.scale):
+                raise _not_probabilities(data.values, low, high, data.scale, name)
         return data
     if isinstance(data, (str, os.PathLike)):
         name = _shown(data)

@@ -270,6 +270,12 @@ class AutogradEngine:
         self.next_step = 0
         self._program = program
         self._captured = None if recorder is None else CapturedProgram(program, recorder)
+        # Such as a mask of -inf: no step makes these.
+        self._never_finite = {
+            f"model.{name}"
+            for name, buffer in program.model.named_buffers()
+            if buffer.is_floating_point() and not buffer.isfinite().all()
+        }
 
     def step(self, batch: Tensor, seed: int) -> StepTerms:
         estimate = self._program.estimate_batch(batch.to(self._program.device), seed)
@@ -294,8 +300,9 @@ class AutogradEngine:
 
     def finite(self) -> bool:
         program = self._program
-        live = live_state(program.model, program.optimizer, program.plan.estimator_state).tensors.values()
-        largest = torch._foreach_norm([t for t in live if t.is_floating_point() and t.numel()], math.inf)
+        live = live_state(program.model, program.optimizer, program.plan.estimator_state).tensors.items()
+        watched = [t for name, t in live if name not in self._never_finite]
+        largest = torch._foreach_norm([t for t in watched if t.is_floating_point() and t.numel()], math.inf)
         device = program.device
         return bool(torch.stack([norm.to(device, torch.float64) for norm in largest]).isfinite().all())
 
@@ -486,6 +493,7 @@ def restore_state(
     """
     live = live_state(model, optimizer, estimator_state)
     _check_same_model(live.tensors, state.tensors)
+    _check_optimizer_state(optimizer, state)
     in_place = (
         live.tensors.keys() == {name for name in state.tensors if not name.startswith("random.")}
         and not state.numbers
@@ -519,6 +527,23 @@ def _check_same_model(own: dict[str, Tensor], other: dict[str, Tensor]) -> None:
                 f"state: {name} has shape {got.get(name, 'none: it is missing')} in the saved model and "
                 f"{wanted.get(name, 'none: it is missing')} in this one, wanted the same model"
             )
+
+
+def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """What is kept of a parameter has its shape, or is one number; and of each as many things."""
+    parameters = _parameters(optimizer)
+    kept: dict[int, set[str]] = {}
+    for name, value in [*state.tensors.items(), *state.numbers.items()]:
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".", 2)
+            kept.setdefault(int(i), set()).add(key)
+            of = parameters[int(i)] if int(i) < len(parameters) else None
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            if of is None or shape not in ((), tuple(of.shape)):
+                wanted = "none" if of is None else f"{tuple(of.shape)}, the parameter's,"
+                raise ValueError(f"state: {name} has shape {shape}, wanted {wanted} or another optimizer")
+    if len({frozenset(keys) for keys in kept.values()}) > 1:
+        raise ValueError("state: the optimizer keeps of some parameters what it does not of others")
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -381,9 +381,14 @@ def _positive(**arguments: int) -> None:
 
 
 def _prepared(model: Any, data: Any, targets: str, pixel_scale: float) -> Prepared:
-    if isinstance(data, Prepared):
-        return data
-    return prepare(data, likelihood=model.likelihood, targets=targets, pixel_scale=pixel_scale, name="data")
+    return prepare(
+        data,
+        likelihood=model.likelihood,
+        targets=targets,
+        pixel_scale=pixel_scale,
+        name="data",
+        width=getattr(model, "data_dim", None),
+    )
 
 
 def _batches(model: Any, data: Prepared, size: int, seed: int) -> Iterator[tuple[range, Tensor]]:

@@ -53,7 +53,7 @@ def reparameterize(
     Args:
         mu, logvar: ``[..., Z]``, of one shape, dtype and device.
         num_samples: None for one sample per datapoint; an integer L for L of them, in a new leading
-        dimension.
+            dimension.
         seed: makes eps a pure function of (seed, element index), the same on every device:
             ``philox_normal(z.shape, seed=seed)``. A Python int (its 64 low bits) or an int64 tensor of one
             element on the device of ``mu``. None draws one from ``generator``, or from torch's default
@@ -203,8 +203,8 @@ def gaussian_log_likelihood(mean: Tensor, logvar: Tensor, x: Tensor, *, reductio
     Args:
         mean: ``[..., D]``; may carry latent samples in front: ``[L, ..., D]`` against x ``[..., D]``.
         logvar: like mean, or broadcast to it; one element for a variance shared by everything, learned or
-        fixed
-            (squared error, correctly scaled), which costs no memory.
+            fixed (squared error, correctly scaled), which costs no memory. A repeated one of half precision
+            makes mean float32, so that its gradient is rounded once.
         x: ``[..., D]``, floating-point, uint8 or bool.
         reduction: "none" gives one value per datapoint (and sample); "mean" and "sum" reduce over those.
 
@@ -214,6 +214,8 @@ def gaussian_log_likelihood(mean: Tensor, logvar: Tensor, x: Tensor, *, reductio
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or an unknown reduction.
     """
+    if not isinstance(logvar, Tensor):
+        raise TypeError(f"logvar: got {type(logvar).__name__}, wanted a tensor, such as torch.tensor(0.0)")
     repeated = logvar.dim() > 0 and logvar.shape != mean.shape and logvar.numel() != 1
     summed = (repeated and logvar.requires_grad) or x.requires_grad
     if summed and mean.dtype == logvar.dtype and mean.dtype in (torch.float16, torch.bfloat16):

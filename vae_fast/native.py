@@ -67,13 +67,17 @@ def why_not(program: StepProgram, precision: str = "exact") -> str | None:
         return f"the encoder has logvar_scale={model.encoder.logvar_scale}"
     if posterior_of(model).name != "gaussian":
         return f"the posterior is {posterior_of(model).name}, not gaussian"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "the model has forward hooks"
+    if hooked := _hooked(model, optimizer):
+        return hooked
+    if any(type(layer) is not nn.Linear for layer in _heads(model)):
+        return "the last layers of the encoder or the decoder are modules of your own"
     if [name for name, _ in model.named_parameters()] != _names(model):
         return "the model has parameters of its own"
     for name, p in model.named_parameters():
         if p.dtype != torch.float32 or not p.requires_grad or not p.is_contiguous():
             return f"{name} is not a contiguous float32 tensor that is trained"
+    if len({p.data_ptr() for p in model.parameters()}) < len(list(model.parameters())):
+        return "parameters share their memory"
     return _why_not_optimizer(optimizer, list(model.parameters()))
 
 
@@ -91,9 +95,38 @@ def _why_not_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Par
             return f"{kind} has {option}={group[option]}"
     if type(optimizer) is torch.optim.Adam and group.get("decoupled_weight_decay"):
         return f"{kind} has decoupled_weight_decay=True"
+    counts = {int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters}
+    if len(counts) > 1:
+        return f"{kind} has updated some parameters {min(counts)} times and others {max(counts)}"
     if group.get("eps", 1) < torch.finfo(torch.float32).tiny:  # then 0 / 0 in what fills a panel up
         return f"{kind} has eps={group['eps']}"
     return None
+
+
+_OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_OF_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def _hooked(model: Any, optimizer: torch.optim.Optimizer) -> str | None:
+    """What of the model or the optimizer is to be called in a step that the native engine would not call."""
+    modules = list(model.modules())
+    for what, objects, names in (
+        ("model", modules, _OF_MODULES),
+        ("model's parameters", list(model.parameters()), _OF_PARAMETERS),
+        ("optimizer", [optimizer], _OF_OPTIMIZERS),
+    ):
+        if any(getattr(one, name, None) for one in objects for name in names):
+            return f"the {what} {'have' if what.endswith('s') else 'has'} hooks"
+    if any("forward" in vars(module) for module in modules):
+        return "the model has a forward method that was replaced"
+    return None
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    """The layers without an activation."""
+    decoder = ("logits",) if model.likelihood == "bernoulli" else ("mean", "logvar")
+    return [model.encoder.mu, model.encoder.logvar, *(getattr(model.decoder, name) for name in decoder)]
 
 
 def _wants_persistent() -> bool:

@@ -6,7 +6,7 @@ Source: Kingma & Welling, *Auto-Encoding Variational Bayes*, arXiv:1312.6114, se
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -180,6 +180,9 @@ class VAE(nn.Module):
 
         VAE(encoder=my_encoder, decoder=my_decoder, likelihood="gaussian")
 
+    x is ``[B, data_dim]`` there, however the data came, and the decoder returns as much: convolutions begin
+    with ``nn.Unflatten(1, (1, 28, 28))``, and end with ``nn.Flatten()``.
+
     Args:
         data_dim: number of features D of a datapoint.
         hidden_dims: widths of the encoder's hidden layers; the decoder has them in reverse order.
@@ -199,7 +202,7 @@ class VAE(nn.Module):
             whose steps do not depend on the size of the gradient, move that layer by so much of their own
             step; the authors' wake-sleep has 0.1.
         seed: makes the initial values a function of this number; None draws it from torch's default
-        generator.
+            generator.
         encoder, decoder: modules to use instead; then the arguments above other than likelihood and posterior
             are not used.
     """
@@ -244,6 +247,8 @@ class VAE(nn.Module):
                 f"data_dim, latent_dim: got {data_dim} and {latent_dim}, wanted two positive integers, "
                 "or encoder= and decoder="
             )
+        if not isinstance(hidden_dims, Iterable):
+            raise TypeError(f"hidden_dims: got {hidden_dims!r}, wanted a sequence of widths, such as [500]")
         for name, width in (
             ("data_dim", data_dim),
             ("latent_dim", latent_dim),
@@ -275,6 +280,22 @@ class VAE(nn.Module):
                 for module in self.modules():
                     if isinstance(module, nn.Linear):
                         module.reset_parameters()
+
+    def description(self) -> dict[str, Any] | None:
+        """``config``, if a model made from it is still this one but for values and dtype; else None.
+
+        It is not where a layer was replaced, parameters are shared or no longer trained.
+        """
+        if self.config is None:
+            return None
+        with torch.device("meta"):
+            made = VAE.from_config({**self.config, "init": "torch"})
+        halves = (self.encoder, self.decoder), (made.encoder, made.decoder)
+        ours, theirs = ([_described(half) for half in each] for each in halves)
+        parameters = [p for half in halves[0] for p in half.parameters()]
+        shared = len({p.data_ptr() for p in parameters}) < len(parameters)
+        same = ours == theirs and not shared and self.posterior is made.posterior
+        return self.config if same and self.likelihood == made.likelihood else None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VAE:
@@ -342,6 +363,13 @@ class VAE(nn.Module):
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[x|z] at the posterior mean z = E_q[z], mu(x) of a Gaussian; ``[..., D]`` to ``[..., D]``."""
         return self.decode_mean(self.posterior.mean(*self.encoder(x)))
+
+
+def _described(half: nn.Module) -> tuple[Any, ...]:
+    """What a half of a model is, but for the values and the dtype of its parameters."""
+    options = [getattr(half, name, None) for name in ("logvar_scale", "mean_activation", "likelihood")]
+    parameters = [(name, tuple(p.shape), p.requires_grad) for name, p in half.named_parameters()]
+    return type(half), repr(half), options, parameters, [name for name, _ in half.named_buffers()]
 
 
 def _one_of(name: str, got: object, wanted: Sequence[object]) -> None:

@@ -123,9 +123,8 @@ def make_optimizer(
     """An optimizer by name, or by a factory ``params -> torch.optim.Optimizer`` (lr and options are then its
     own affair).
 
-    ``options`` go to the optimizer: "sgd" and "adam", "adamw" are torch's (fused, and capturable on CUDA),
-        "adagrad" is
-    :class:`Adagrad` with ``accumulate_steps=100`` unless told otherwise.
+    ``options`` go to the optimizer: "sgd", "adam" and "adamw" are torch's (fused, and capturable on CUDA),
+    "adagrad" is :class:`Adagrad` with ``accumulate_steps=100`` unless told otherwise.
     """
     params = list(params)
     if callable(name):

@@ -366,7 +366,7 @@ def manifold(
     title = "The latent axis" if model.latent_dim == 1 else "The latent plane"
     if model.latent_dim > 2:
         first, second = most_active(variance)
-        title = f"Most active latents ({first + 1}, {second + 1}), others at 0"
+        title = f"Most active latents ({first}, {second}), others at 0"
     return _picture(tile(images, image_shape, n, gap=0, value_range=value_range), title)
 
 
@@ -444,7 +444,7 @@ def latent_activity(variance: Any) -> Figure:
     ax.set_ylabel("variance of E[z | x]", color=QUIET)
     ax.set_xlim(-0.8, max(len(sizes), 5) - 0.2)
     if len(sizes) <= 30:
-        ax.set_xticks(places, [str(unit + 1) for unit in order])
+        ax.set_xticks(places, [str(unit) for unit in order])
         ax.set_xlabel("latent unit, most active first", color=QUIET)
     else:
         step = 10 ** math.floor(math.log10(len(sizes) / 3))
@@ -477,13 +477,13 @@ def latents(mean: Any, labels: Any = None, *, variance: Any = None) -> Figure:
     figure = _figure(6.4, 5.6 if len(units) == 2 else 3.0)
     ax = figure.add_subplot()
     _style(ax, "Posterior means" + (" on the two most active latents" if many else ""))
-    ax.set_xlabel(f"E[z | x], latent {units[0] + 1}", color=QUIET)
+    ax.set_xlabel(f"E[z | x], latent {units[0]}", color=QUIET)
     if len(units) == 1:
         ax.hist(values[:, 0], bins=60, color=TEST)
         ax.set_ylabel("datapoints", color=QUIET)
         return figure
     x, y = values[:, units[0]], values[:, units[1]]
-    ax.set_ylabel(f"E[z | x], latent {units[1] + 1}", color=QUIET)
+    ax.set_ylabel(f"E[z | x], latent {units[1]}", color=QUIET)
     ax.set_aspect("equal", adjustable="datalim")
     style: dict[str, Any] = {"s": 5, "linewidths": 0, "alpha": 0.7, "rasterized": True}
     if labels is None:

@@ -51,6 +51,9 @@ def sweep(
     for what, objects in (("trainer", trainers), ("model", [trainer.model for trainer in trainers])):
         if len({id(one) for one in objects}) < len(trainers):
             raise ValueError(f"trainers: got the same {what} twice, wanted each once")
+    parameters = [id(p) for trainer in trainers for p in trainer.model.parameters()]
+    if len(set(parameters)) < len(parameters):
+        raise ValueError("trainers: got models that share parameters, wanted models of their own")
     if checkpoints is not None and len(checkpoints) != len(trainers):
         raise ValueError(f"checkpoints: got {len(checkpoints)} files, wanted {len(trainers)}: one each")
     if datasets.is_stream(train):

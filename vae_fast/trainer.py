@@ -28,7 +28,7 @@ from tqdm import tqdm
 from . import checkpoint as checkpoints
 from .batches import ORDERS, ArraySource, Source, StreamSource
 from .checkpoint import CheckpointError
-from .datasets import Prepared, is_stream, prepare
+from .datasets import DataError, Prepared, is_stream, prepare
 from .engines import (
     Engine,
     Incident,
@@ -46,10 +46,12 @@ from .engines import (
 )
 from .estimators import (
     ESTIMATORS,
+    EVALUATE,
     check_estimator,
     check_num_samples,
     default_estimator,
     initial_state,
+    step_seed,
 )
 from .evaluation import Bound, bound
 from .nn import VAE
@@ -58,6 +60,7 @@ from .reference import integer
 
 ON_NAN = ("stop", "skip", "rollback")
 TARGETS = ("auto", "real", "binary", "dynamic")
+LR = 0.02  # of Adagrad, from the paper's {0.01, 0.02, 0.1}
 MOST_INCIDENTS_IN_A_ROW = 10
 
 log = logging.getLogger("vae_fast")
@@ -173,7 +176,7 @@ class Trainer:
         model: a :class:`vae_fast.VAE`.
         optimizer: "sgd", "adagrad" (the paper's: the first 100 steps only accumulate), "adam", "adamw", or a
             function ``params -> torch.optim.Optimizer``.
-        lr: its step size.
+        lr: its step size; None: 0.02. A function's optimizer brings its own.
         batch_size: M. With ``order="shuffle"`` the last minibatch of an epoch is as small as it must be, and
             counts.
         seed: of minibatches and noise (not of the model's initial values).
@@ -212,7 +215,7 @@ class Trainer:
         model: VAE,
         *,
         optimizer: str | OptimizerFactory = "adagrad",
-        lr: float = 0.02,
+        lr: float | None = None,
         batch_size: int = 100,
         seed: int = 0,
         engine: str = "auto",
@@ -229,13 +232,18 @@ class Trainer:
     ) -> None:
         check_engine(engine, precision)
         _one_of("on_nan", on_nan, ON_NAN)
-        seed = integer("seed", seed)
+        beta, pixel_scale = float(beta), float(pixel_scale)
+        batch_size, seed = integer("batch_size", batch_size), integer("seed", seed)
+        num_samples = integer("num_samples", num_samples)
         name = optimizer if isinstance(optimizer, str) else None
         if not isinstance(model, VAE):
             got = type(model).__name__
             raise TypeError(
                 f"model: got {got}, wanted a VAE; VAE(encoder=..., decoder=...) takes any modules"
             )
+        if name is None and lr is not None:
+            warnings.warn(f"lr: {lr} is not used: an optimizer of your own brings its own", stacklevel=2)
+        lr = LR if lr is None else float(lr)
         estimator = default_estimator(model) if estimator is None else estimator
         self.settings = Settings(
             name,
@@ -255,6 +263,8 @@ class Trainer:
         self.device = _device(device, model)
         self.model = model.to(self.device)
         self.optimizer = make_optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], lr)
+        if name is None:
+            self.settings = replace(self.settings, lr=float(self.optimizer.param_groups[0].get("lr", lr)))
         self.on_nan = on_nan
         self.engine = engine
         self.engine_name, self.engine_reason = engine, "not chosen before fit"
@@ -283,8 +293,7 @@ class Trainer:
         """Trains on ``max_samples`` more samples; called again, it goes on where it stopped.
 
         Steps are whole: training stops after the first one with which ``max_samples`` is reached, and
-            ``samples_seen`` says
-        exactly how many samples there were.
+        ``samples_seen`` says exactly how many samples there were.
 
         Args:
             train: an array, tensor or file of datapoints ``[N, D]``, or a DataLoader or any other iterable of
@@ -308,7 +317,8 @@ class Trainer:
         source, engine, test_data = self._begin(
             train, test, max_samples, report_every, checkpoint is not None
         )
-        end = self.samples_seen + max_samples
+        began = self.samples_seen
+        end = began + max_samples
         every = report_every or report_interval(source)
 
         self.model.train()
@@ -320,6 +330,16 @@ class Trainer:
                 if checkpoint is not None:
                     self.save(checkpoint)
 
+            def stop_if_interrupted() -> None:
+                if interrupt.happened:
+                    saved = "no checkpoint was asked for"
+                    if checkpoint is not None:
+                        self.save(checkpoint)
+                        saved = f"saved to {os.fspath(checkpoint)}"
+                    raise KeyboardInterrupt(
+                        f"stopped after {self.samples_seen} samples, step {self.step_count}; {saved}"
+                    )
+
             self._say(bar, f"engine {self.engine_name}: {self.engine_reason}")
             said = False
             while self.samples_seen < end:
@@ -330,22 +350,25 @@ class Trainer:
                     self._say(bar, source.note)
                     said = True
                 if len(sizes) == 0:
+                    if self.samples_seen == began:
+                        raise DataError("train: found no minibatch in the stream, wanted one or more")
                     warnings.warn(f"train: the stream ended after {self.samples_seen} samples", stacklevel=2)
                     break
                 self._train(engine, sizes)
                 bar.update(self.samples_seen - before)
                 if self.samples_seen >= next_report:
                     report()
-                if interrupt.happened:
-                    saved = "no checkpoint was asked for"
-                    if checkpoint is not None:
-                        self.save(checkpoint)
-                        saved = f"saved to {os.fspath(checkpoint)}"
-                    raise KeyboardInterrupt(
-                        f"stopped after {self.samples_seen} samples, step {self.step_count}; {saved}"
-                    )
+                stop_if_interrupted()
             if not self.history.rows or self.history.last.samples < self.samples_seen:
                 report()
+                stop_if_interrupted()
+        waits = self.optimizer.param_groups[0].get("accumulate_steps", 0)
+        if self.step_count <= waits:
+            warnings.warn(
+                f"optimizer: Adagrad only accumulates in its first {waits} steps, as the paper's does, and "
+                f"there were {self.step_count}: no parameter has moved yet",
+                stacklevel=2,
+            )
         return self.history
 
     def _begin(
@@ -356,6 +379,12 @@ class Trainer:
             raise ValueError(f"max_samples: got {max_samples}, wanted an integer of 1 or more")
         if report_every is not None and report_every < 1:
             raise ValueError(f"report_every: got {report_every}, wanted an integer of 1 or more")
+        own = {id(p) for p in self.model.parameters()}
+        if any(id(p) not in own for group in self.optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "model: found other parameters than when this trainer was made, wanted those, which the "
+                "optimizer has; make another trainer"
+            )
         source = self._source(train)
         test_data = None if test is None else self._prepare("test", test, source.kind).to(self.device)
         if remember or self._data is not None:
@@ -389,10 +418,10 @@ class Trainer:
         before = engine.snapshot()
         try:
             terms = engine.run(len(sizes))
-        except (RuntimeError, MemoryError) as error:
+        except BaseException as error:
+            engine.restore(before)  # where samples_seen and step_count still are
             if not is_out_of_memory(error):
                 raise
-            engine.restore(before)
             size, samples = int(sizes.max()), self.settings.num_samples
             raise TrainingError(
                 f"out of memory on {self.device}: minibatches of {size} datapoints, {samples} latent samples "
@@ -422,7 +451,11 @@ class Trainer:
         for i in range(len(sizes)):
             engine.next_step = self.step_count
             good = engine.snapshot()
-            terms = engine.run(1)
+            try:
+                terms = engine.run(1)
+            except BaseException:
+                engine.restore(good)
+                raise
             if terms.isfinite().all() and engine.finite():
                 self._count(terms, sizes[i : i + 1])
                 continue
@@ -463,7 +496,8 @@ class Trainer:
             self.samples_seen, self.step_count, self.seconds, log_likelihood - kl, log_likelihood, kl
         )
         if test is not None:
-            result = self._evaluate(test)
+            with _random_state_of_its_own(self.settings.seed, self.device):
+                result = self._evaluate(test)
             row = replace(
                 row, test_bound=result.elbo, test_log_likelihood=result.log_likelihood, test_kl=result.kl
             )
@@ -490,58 +524,68 @@ class Trainer:
             {key: _plain(value) for key, value in g.items() if key != "params"}
             for g in self.optimizer.param_groups
         ]
+        described = self._description()
         meta = {
-            "settings": asdict(self.settings),
-            "model": self.model.config,
+            **described,
             "samples_seen": self.samples_seen,
             "step_count": self.step_count,
             "seconds": self.seconds,
             "interval": self._interval.tolist(),
             "history": self.history.to_dict(),
             "incidents": [asdict(incident) for incident in self.incidents],
-            "optimizer": {"class": type(self.optimizer).__name__, "groups": groups, "numbers": state.numbers},
+            "optimizer": {**described["optimizer"], "groups": groups, "numbers": state.numbers},
             "data": self._data,
         }
         return {"tensors": tensors, "meta": meta}
+
+    def _description(self) -> dict[str, Any]:
+        """What a state is of: settings, model and optimizer."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        trained = [names.get(id(p)) for group in self.optimizer.param_groups for p in group["params"]]
+        return {
+            "settings": asdict(self.settings),
+            "model": self.model.description(),
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "optimizer": {"class": type(self.optimizer).__name__, "parameters": trained},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a ``state_dict()``.
 
         Raises:
-            ValueError: it belongs to another model, or to a trainer of other settings (the curve would be
-                another).
+            ValueError: it belongs to another model or optimizer, or to a trainer of other settings (the curve
+                would be another), or it is no whole state. Nothing has changed then.
         """
         tensors, meta = state["tensors"], state["meta"]
-        ours, theirs = asdict(self.settings), meta["settings"]
-        for name, value in ours.items():
-            saved = theirs.get(name, "exact" if name == "precision" else None)  # older ones had no other
-            if saved != value:
+        ours, theirs = _identity(self._description()), _identity(meta)
+        for name in ours.keys() & theirs.keys():
+            if ours[name] != theirs[name]:
                 raise ValueError(
-                    f"{name}: this trainer has {value!r}, the saved one {saved!r}; wanted the same"
+                    f"{name}: this trainer has {ours[name]!r}, the saved one {theirs[name]!r}, wanted the same"
                 )
-        optimizer = meta["optimizer"]
-        kind = type(self.optimizer).__name__
-        if optimizer["class"] != kind:
-            raise ValueError(
-                f"optimizer: this trainer has {kind}, the saved one {optimizer['class']}; wanted the same"
-            )
+        try:
+            history = History.from_dict(meta["history"])
+            incidents = [Incident(**incident) for incident in meta["incidents"]]
+            interval = np.array(meta["interval"], dtype=float).reshape(3)
+            counts = integer("samples_seen", meta["samples_seen"]), integer("step_count", meta["step_count"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"state: its history cannot be read ({error}), wanted a whole one") from error
+        if min(counts) < 0:
+            raise ValueError(f"state: got {counts[0]} samples in {counts[1]} steps, wanted 0 or more")
         random = {name: tensor for name, tensor in tensors.items() if name.startswith("random.")}
         own = {name: tensor for name, tensor in tensors.items() if name not in random}
-        saved_state = State(own, optimizer["numbers"])
+        saved_state = State(own, meta["optimizer"]["numbers"])
         restore_state(self.model, self.optimizer, self.device, saved_state, self._estimator_state)
-        for group, saved in zip(self.optimizer.param_groups, optimizer["groups"], strict=True):
-            for key, value in saved.items():
-                if not isinstance(group.get(key), Tensor) and key not in _OF_THE_MACHINE:
+        for group, options in zip(self.optimizer.param_groups, meta["optimizer"]["groups"], strict=True):
+            for key, value in options.items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].fill_(value)
+                elif key not in _OF_THE_MACHINE:
                     group[key] = tuple(value) if isinstance(value, list) else value
         self._random |= random
-        self.samples_seen, self.step_count, self.seconds = (
-            meta["samples_seen"],
-            meta["step_count"],
-            meta["seconds"],
-        )
-        self._interval = np.array(meta["interval"])
-        self.history = History.from_dict(meta["history"])
-        self.incidents = [Incident(**incident) for incident in meta["incidents"]]
+        self.samples_seen, self.step_count = counts
+        self.seconds = meta["seconds"]
+        self._interval, self.history, self.incidents = interval, history, incidents
         self._data = meta["data"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -588,11 +632,14 @@ class Trainer:
         if model is None:
             if meta["model"] is None:
                 raise ValueError(
-                    "model: got None, wanted the one of this checkpoint: its encoder and decoder are your own"
+                    "model: got None, wanted the one of this checkpoint: its encoder and decoder are your "
+                    "own, or were changed after they were made"
                 )
-            model = VAE.from_config(meta["model"])
+            model = _model(path, meta, state["tensors"])
         settings = dict(meta["settings"])
         name = settings.pop("optimizer")
+        if name is None:
+            del settings["lr"]
         if (name is None) != (optimizer is not None):
             wanted = (
                 f"None: the checkpoint's is {name!r}"
@@ -654,6 +701,14 @@ class Trainer:
             finally:
                 self._fitting = False
                 self._random = random_state(self.device)
+
+
+@contextmanager
+def _random_state_of_its_own(seed: int, device: torch.device) -> Iterator[None]:
+    """What a module draws in an evaluation does not move the training, or the caller's generators."""
+    with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
+        restore_random(first_random_state(step_seed(seed, 0, EVALUATE), device), device)
+        yield
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -718,6 +773,36 @@ def _read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
             f"{os.fspath(path)}: found no {missing[0]!r} in it, wanted a checkpoint of a {wanted}"
         )
     return {"tensors": tensors, "meta": meta}
+
+
+def _identity(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """By name what must be the same for a training to go on; older checkpoints tell less of it."""
+    found = {"precision": "exact", **meta["settings"]}
+    found |= {name: value for name, value in (meta["model"] or {}).items() if name != "init"}
+    found["optimizer"] = meta["optimizer"]["class"]
+    if "dtype" in meta:
+        found["dtype"] = meta["dtype"]
+    if "parameters" in meta["optimizer"]:
+        found["the optimizer's parameters"] = meta["optimizer"]["parameters"]
+    return found
+
+
+def _model(path: str | os.PathLike[str], meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> VAE:
+    """As a checkpoint describes it; memory is taken once the checkpoint is known to have as much."""
+    dtype = getattr(torch, str(meta.get("dtype", "float32")), None)
+    try:
+        with torch.device("meta"):
+            outline = VAE.from_config({**meta["model"], "init": "torch"})
+        wanted = {f"model.{name}": value.shape for name, value in outline.state_dict().items()}
+        if not isinstance(dtype, torch.dtype) or any(
+            name not in tensors or tensors[name].shape != shape for name, shape in wanted.items()
+        ):
+            raise ValueError("its tensors are others")
+        return VAE.from_config(meta["model"]).to(dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{os.fspath(path)}: found a model that it does not hold ({error}), wanted a whole checkpoint"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

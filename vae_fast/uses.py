@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 
 from . import functional
 from .batches import uniform_words
-from .datasets import Prepared, prepare
+from .datasets import prepare
 from .distributions import posterior_of
 from .evaluation import _batches, _prepared, evaluating
 
@@ -133,8 +133,7 @@ def denoise(
     _check_corruption(kind, amount)
     if steps < 0:
         raise ValueError(f"steps: got {steps}, wanted an integer of 0 or more")
-    if not isinstance(data, Prepared):
-        data = prepare(data, likelihood="gaussian", pixel_scale=pixel_scale, name="data")
+    data = prepare(data, likelihood="gaussian", pixel_scale=pixel_scale, name="data", width=model.data_dim)
     with evaluating(model):
         parts = [_denoised(model, x, amount, kind, steps) for _, x in _batches(model, data, batch_size, 0)]
     return torch.cat(parts)
@@ -205,6 +204,10 @@ def manifold(model: Any, n: int = 20, *, variance: Any = None) -> Tensor:
     """
     if n < 1:
         raise ValueError(f"n: got {n}, wanted a positive integer")
+    if model.latent_dim is None:
+        raise ValueError(
+            "latent_dim: got None, wanted the number of latent variables: pass latent_dim= to VAE"
+        )
     if variance is None and model.latent_dim > 2:
         raise ValueError(
             f"variance: got None, wanted Var_x(E_q[z]) of each of the {model.latent_dim} latents, "

@@ -517,14 +517,15 @@ VAE_FAST_INLINE float* sums_of(const WeightGradient& a, int64_t p) {
   return plus(a.sums, p * (round_up(a.inputs, kPanel) + kTileRows) * kPanel);
 }
 
-// Panel p's bias, from the sum of rows [row, row + depth) of grad_out and those before
+// Panel p's bias, from the sum of rows [row, row + depth) of grad_out, and of those before
 VAE_FAST_INLINE void update_bias(const WeightGradient& a, int64_t p, const float* grad_out, int64_t ld, int64_t row,
                                  int64_t depth) {
   float* const so_far = plus(sums_of(a, p), (round_up(a.inputs, kPanel) + kTileRows - 1) * kPanel);
   VF sum[2];
   for (int j = 0; j < 2; ++j) {
-    sum[j] = row == 0 ? VF{} : to_floats(so_far + j * kLanes);
+    sum[j] = VF{};
     for (int64_t i = 0; i < depth; ++i) sum[j] = sum[j] + to_floats(grad_out + i * ld + j * kLanes);
+    if (row > 0) sum[j] = sum[j] + to_floats(so_far + j * kLanes);
     if (row + depth < a.rows)
       from_floats(so_far + j * kLanes, sum[j]);
     else

@@ -300,6 +300,7 @@ def _go_on(jobs: Sequence[_Job], trainers: Sequence[Trainer], train: Prepared, e
     samples = end - trainers[0].samples_seen
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="train: these are not the data")
+        warnings.filterwarnings("ignore", message="optimizer: Adagrad")  # the first point is there for that
         if len(jobs) == 1:
             path = jobs[0].folder / CHECKPOINT
             trainers[0].fit(train, max_samples=samples, report_every=end, checkpoint=path, progress=False)
