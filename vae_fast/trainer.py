@@ -560,9 +560,8 @@ class Trainer:
         ours, theirs = _identity(self._description()), _identity(meta)
         for name in ours.keys() & theirs.keys():
             if ours[name] != theirs[name]:
-                raise ValueError(
-                    f"{name}: this trainer has {ours[name]!r}, the saved one {theirs[name]!r}, wanted the same"
-                )
+                found = f"this trainer has {ours[name]!r}, the saved one {theirs[name]!r}"
+                raise ValueError(f"{name}: {found}; wanted the same")
         try:
             history = History.from_dict(meta["history"])
             incidents = [Incident(**incident) for incident in meta["incidents"]]
