@@ -16,6 +16,7 @@ from vae_fast.estimators import (
     RUNNING_DECAY,
     Estimate,
     initial_state,
+    iwae,
     score_function,
     score_function_leave_one_out,
     score_function_running,
@@ -179,14 +180,49 @@ def gradients(model: VAE, objectives: Iterator[Tensor]) -> Tensor:
 
 
 @OPS
-@pytest.mark.parametrize("name", list(ESTIMATORS))
-def test_every_estimator_has_the_exact_gradient_on_average(
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "iwae"])
+def test_every_estimator_of_the_bound_has_the_exact_gradient_on_average(
     model: LinearGaussian, x: Tensor, name: str, ops: ModuleType
 ) -> None:
     exact = gradients(model, iter([model.exact_bound(x, 0.7).mean()]))[0]
     objectives = (e.objective.mean() for e in estimates(name, model, x, range(100), 400, 0.7, ops))
     ours = gradients(model, objectives)
     assert ((ours.mean(0) - exact).abs() < 5 * ours.std(0) / 10 + 1e-12).all()
+
+
+@OPS
+@pytest.mark.parametrize("num_samples", [1, 2, 7])
+@pytest.mark.parametrize("beta", [1.0, 0.7])
+def test_the_importance_weighted_bound_is_that_of_equation_8_and_its_gradient_that_of_13(
+    model: LinearGaussian, x: Tensor, ops: ModuleType, num_samples: int, beta: float
+) -> None:
+    mu, logvar = model.encoder(x)
+    eps = reference.philox_normal((num_samples, *mu.shape), seed=7, dtype=torch.float64)
+    z = mu + (0.5 * logvar).exp() * eps
+    mean, x_logvar = model.decoder(z)
+    likelihood = torch.distributions.Normal(mean, (0.5 * x_logvar).exp()).log_prob(x).sum(-1)
+    log_q = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(z).sum(-1)
+    log_p = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    log_weight = likelihood + beta * (log_p - log_q)
+    share = (log_weight.detach() - log_weight.detach().logsumexp(0)).exp()
+    objectives = [(share * log_weight).sum(0).mean()]
+    estimate = iwae(model, x, 7, num_samples, beta, ops)
+    torch.testing.assert_close(estimate.objective, log_weight.exp().mean(0).log())
+    torch.testing.assert_close(estimate.log_likelihood, likelihood.mean(0))
+    torch.testing.assert_close(estimate.log_likelihood - beta * estimate.kl, estimate.objective)
+    exact, ours = gradients(model, iter([*objectives, estimate.objective.mean()]))
+    torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_the_importance_weighted_bound_rises_to_the_evidence(model: LinearGaussian, x: Tensor) -> None:
+    def mean(num_samples: int) -> float:
+        found = estimates("iwae", model, x, range(200), num_samples)
+        return float(torch.stack([e.objective.mean() for e in found]).detach().mean())
+
+    bounds = [mean(count) for count in (1, 5, 50)]
+    evidence, exact = (float(t.detach().mean()) for t in (model.evidence(x), model.exact_bound(x, 1.0)))
+    assert exact < bounds[1] < bounds[2] <= evidence + 0.01
+    assert evidence - bounds[2] < 0.2 * (evidence - bounds[0])
 
 
 def variance(model: LinearGaussian, x: Tensor, name: str, num_samples: int) -> Tensor:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from vae_fast import MonteCarloEM, datasets, presets
 from vae_fast.cli import main
-from vae_fast.experiments import curves, figure2, figure3, figure4, figure5, page, pixels
+from vae_fast.experiments import curves, figure2, figure3, figure4, figure5, page, pixels, table1
 from vae_fast.experiments.curves import Curve, CurveError, Point
 from vae_fast.trainer import Trainer
 
@@ -423,3 +423,78 @@ def test_an_unknown_panel_is_named(small: Any, tmp_path: Path) -> None:
     assert "panels: got 'mnist-4', wanted some of" in small(
         "figure2", "--panels", "mnist-4", "--out", tmp_path, code=2
     )
+
+
+# --- table 1 ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (260, 28, 28), dtype=np.uint8)
+    monkeypatch.setattr(datasets, "mnist", lambda folder=None: (images[:200], images[200:]))
+    monkeypatch.setattr(table1, "STAGES", 3)
+
+
+def test_step_sizes_fall_as_passes_grow() -> None:
+    found = table1.stages(1.0, 60_000, 20)
+    assert found[-1][0] == 3280 * 60_000 and len(found) == 8
+    assert [lr for _, lr in found] == pytest.approx([10 ** (-3 - i / 7) for i in range(8)])
+    assert table1.stages(1e-9, 60_000, 20)[-1][0] == 8 * 20
+
+
+@pytest.mark.usefixtures("few")
+def test_a_table_that_was_stopped_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"scale": 0.5, "panels": ["iwae-5", "vae-1"], "progress": False}
+    whole = table1.run(tmp_path / "whole", **how)
+    assert [row.name for row in whole.rows] == ["vae-1", "iwae-5"]
+    assert {row.samples for row in whole.rows} == {100 + 300 + 900}
+    fit, calls = Trainer.fit, []
+
+    def stops(trainer: Trainer, *args: Any, **options: Any) -> Any:
+        calls.append(trainer.optimizer.param_groups[0]["lr"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(trainer, *args, **options)
+
+    monkeypatch.setattr(Trainer, "fit", stops)
+    with pytest.raises(KeyboardInterrupt):
+        table1.run(tmp_path / "stopped", **how)
+    assert calls == pytest.approx([10 ** (-3 - i / 7) for i in range(3)])
+    again = table1.run(tmp_path / "stopped", **how)
+    assert [(row.nll, row.active_units) for row in again.rows] == [
+        (row.nll, row.active_units) for row in whole.rows
+    ]
+    assert (tmp_path / "stopped" / "table1.md").read_text() == whole.table()
+    with pytest.raises(CurveError, match=r"found a row of .*wanted .*choose another --out"):
+        table1.run(tmp_path / "stopped", **{**how, "scale": 0.25})
+
+
+@pytest.mark.usefixtures("few")
+def test_the_table_by_the_command_line(tmp_path: Path) -> None:
+    command = ["reproduce", "table1", "--out", str(tmp_path), "--scale", "0.1", "--panels", "vae-1"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0 and "| VAE | 1 |" in done.output and "86.76" in done.output
+    content = json.loads((tmp_path / "table1.json").read_text())
+    assert content["settings"]["adam"]["eps"] == 1e-4
+    wrong = CliRunner().invoke(main, [*command[:-1], "vae-2"])
+    assert wrong.exit_code != 0 and "panels: got 'vae-2'" in wrong.output
+
+
+@pytest.mark.usefixtures("few")
+def test_the_table_begins_at_the_mean_of_the_data_with_adams_own_options(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def look(trainer: Trainer, *_: Any, **__: Any) -> Any:
+        bias = trainer.model.decoder.logits.bias.detach().clone()
+        seen.append((bias, dict(trainer.optimizer.param_groups[0])))
+        trainer.samples_seen = 10**9
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "fit", look)
+        table1.run(tmp_path, scale=0.1, panels=["vae-1"], progress=False)
+    bias, options = seen[0]
+    mean = torch.as_tensor(datasets.mnist()[0]).double().reshape(200, 784).mean(0) / 255
+    torch.testing.assert_close(torch.sigmoid(bias).double(), mean, rtol=1e-4, atol=1e-6)
+    assert (options["betas"], options["eps"], options["lr"]) == ((0.99, 0.999), 1e-4, 1e-3)

@@ -65,7 +65,8 @@ def test_no_estimator_is_biased_and_the_score_function_has_the_largest_variance(
     torch.testing.assert_close(estimated, closed, rtol=0.05, atol=0.02)
     assert all(row.bias < 2.5 for row in rows)
     found = {(row.estimator, row.num_samples): row for row in rows}
-    assert len(found) == 2 * len(ESTIMATORS) - 1  # one sample cannot be left out
+    # One sample cannot be left out, and the importance-weighted bound is another objective.
+    assert len(found) == 2 * (len(ESTIMATORS) - 1) - 1
     assert found["sgvb_b", 1].ratio_50 == 1
     assert found["sgvb_b", 4].variance == pytest.approx(found["sgvb_b", 1].variance / 4, rel=0.3)
     assert found["score_function", 4].ratio_50 > 10

@@ -209,12 +209,37 @@ def _score_function(
     return Estimate(*(_average(term, num_samples) for term in (surrogate, likelihood, kl)))
 
 
+def iwae(
+    model: Any, x: Tensor, seed: int | Tensor, num_samples: int, beta: float, ops: ModuleType
+) -> Estimate:
+    """The importance-weighted bound, log 1/L sum_l w_l with log w_l = log p(x|z_l) + beta (log p(z_l) -
+    log q(z_l|x)) and z_l = g(eps_l): another objective than the others, between them and log p(x). With one
+    sample it is SGVB-A's.
+
+    Its gradient is sum_l w_l grad log w_l / sum_l w_l: the weights are what the logarithm's derivative makes
+    them, and nothing is detached. ``log_likelihood`` is 1/L sum_l log p(x|z_l), and ``kl`` what the bound is
+    below it, over beta.
+
+    Source: Burda, Grosse & Salakhutdinov, *Importance Weighted Autoencoders*, arXiv:1509.00519, equations 8
+    and 13.
+    """
+    posterior = posterior_of(model)
+    mu, logvar = model.encoder(x)
+    z = posterior.sample(mu, logvar, num_samples=num_samples, seed=seed, ops=ops)
+    likelihood = log_likelihood(model, model.decoder(z), x, ops)
+    log_ratio = log_prior(z) - posterior.log_density(z, mu, logvar)
+    bound = torch.logsumexp(likelihood + beta * log_ratio, dim=0) - math.log(num_samples)
+    average = likelihood.mean(dim=0)
+    return Estimate(bound, average, (average - bound) / beta if beta else -log_ratio.mean(dim=0))
+
+
 ESTIMATORS: Mapping[str, Estimator] = {
     "sgvb_b": sgvb_b,
     "sgvb_a": sgvb_a,
     "score_function": score_function,
     "score_function_running": score_function_running,
     "score_function_leave_one_out": score_function_leave_one_out,
+    "iwae": iwae,
 }
 
 

@@ -187,9 +187,10 @@ class Trainer:
         precision: of the native engine's matrix products. "exact" is float32; "fast" rounds their operands to
             bfloat16 and adds in float32, which is another curve.
         estimator: "sgvb_b", "sgvb_a", or the score function without and with a baseline, "score_function",
-            "score_function_running", "score_function_leave_one_out" (for num_samples of 2 or more); see
-            :mod:`vae_fast.estimators`. None: "sgvb_b", or "sgvb_a" for a posterior of your own whose
-            divergence from the prior has no closed form.
+            "score_function_running", "score_function_leave_one_out" (for num_samples of 2 or more), or
+            "iwae", the importance-weighted bound, another objective; see :mod:`vae_fast.estimators`. None:
+            "sgvb_b", or "sgvb_a" for a posterior of your own whose divergence from the prior has no closed
+            form.
         num_samples: L, latent samples per datapoint.
         beta: weight of the KL divergence.
         weight_prior: maximum a posteriori with p(theta) = N(0, I) on the weights (parameters of two or more

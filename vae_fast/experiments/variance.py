@@ -167,7 +167,7 @@ def measure(
     *,
     draws: int,
     samples: Sequence[int] = SAMPLES,
-    estimators: Sequence[str] = tuple(ESTIMATORS),
+    estimators: Sequence[str] = tuple(_LABELS),
     exact_samples: int = EXACT_SAMPLES,
     seed: int = 0,
     progress: bool = False,
