@@ -256,7 +256,7 @@ def test_a_bar_that_is_asked_for_shows_engine_data_speed_and_bound(capfd: pytest
     [
         ({"precision": "half"}, "precision: got 'half', wanted one of 'exact', 'fast'"),
         ({"engine": "turbo"}, "engine: got 'turbo', wanted one of 'auto'"),
-        ({"estimator": "iwae"}, "estimator: got 'iwae', wanted one of 'sgvb_b'"),
+        ({"estimator": "elbo"}, "estimator: got 'elbo', wanted one of 'sgvb_b'"),
         ({"order": "sorted"}, "order: got 'sorted', wanted one of 'shuffle'"),
         ({"targets": "soft"}, "targets: got 'soft', wanted one of 'auto'"),
         ({"on_nan": "ignore"}, "on_nan: got 'ignore', wanted one of 'stop'"),
