@@ -16,15 +16,16 @@ namespace {
 VAE_FAST_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The sum over a row of blocks and a rest: block(c, k) gives the sum, in float lanes, of the k <= kBlock full vectors
-// from element c on, rest(c, n) the vector of the last n elements. Blocks add up in double, and what these additions
-// round off adds up beside them (Neumaier, 1974): the error does not grow with the width of the row.
+// from element c on, rest(c, n) the vector of the last n elements. Blocks add up in double, and where they are double
+// themselves, what these additions round off adds up beside them (Neumaier, 1974): the error does not grow with the
+// width of the row.
 template <class V, int kBlock, class Block, class Rest>
 VAE_FAST_INLINE double row_sum_in_blocks(int64_t cols, Block block, Rest rest) {
   constexpr int64_t lanes = Memory<V>::lanes;
   double total = 0, rounded_off = 0;
   const auto add = [&](double term) {
     const double sum = total + term, of_term = sum - total;
-    rounded_off += (total - (sum - of_term)) + (term - of_term);
+    if constexpr (lanes == 1) rounded_off += (total - (sum - of_term)) + (term - of_term);
     total = sum;
   };
   int64_t c = 0;
@@ -34,6 +35,7 @@ VAE_FAST_INLINE double row_sum_in_blocks(int64_t cols, Block block, Rest rest) {
     c += vectors * lanes;
   }
   if (c < cols) add(Memory<V>::sum(Memory<V>::keep(rest(c, cols - c), cols - c)));
+  if constexpr (lanes != 1) return total;
   const double sum = total + rounded_off;
   return sum == sum ? sum : total;  // of an infinite total what was rounded off is NaN
 }
