@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -439,12 +439,14 @@ class Prepared:
         scale: x = float32(values) * float32(1 / scale), the same bits on every device; 1 for binary and float
             data.
         note: one line that says how the data are taken.
+        probabilities: whether every x is in [0, 1], as a Bernoulli likelihood wants it.
     """
 
     values: Tensor
     kind: str
     scale: float
     note: str
+    probabilities: bool = True
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -456,7 +458,7 @@ class Prepared:
 
     def to(self, device: torch.device | str) -> Prepared:
         """The same data on a device, still compact."""
-        return Prepared(self.values.to(device), self.kind, self.scale, self.note)
+        return replace(self, values=self.values.to(device))
 
     def batch(self, index: Tensor | slice) -> Tensor:
         """The rows `index` (integers `[B]` on the device of the data, or a slice) as float32 `[B, D]`.
@@ -500,10 +502,9 @@ def prepare(
     _check_options(likelihood, targets, pixel_scale)
     if isinstance(data, Prepared):
         _check_width(data.values, width, name)
-        if likelihood == "bernoulli" and data.values.is_floating_point():  # it may be prepared for a Gaussian
+        if likelihood == "bernoulli" and not data.probabilities:
             low, high = (float(extreme) for extreme in torch.aminmax(data.values))
-            if not (low >= 0 and high <= data.scale):
-                raise _not_probabilities(data.values, low, high, data.scale, name)
+            raise _not_probabilities(data.values, low, high, data.scale, name)
         return data
     if isinstance(data, (str, os.PathLike)):
         name = _shown(data)
@@ -526,7 +527,8 @@ def prepare(
         where = _first(values, lambda x: (x < 0) | (x > 255))
         raise _refusal(name, where, "integers from 0 to 255, or floats")
     scale = pixel_scale if whole and kind != "binary" and values.dtype != torch.bool else 1.0
-    if likelihood == "bernoulli" and not (low >= 0 and high <= scale):
+    probabilities = low >= 0 and high <= scale
+    if likelihood == "bernoulli" and not probabilities:
         raise _not_probabilities(values, low, high, scale, name)
     if kind == "binary" or whole:
         values = values.to(torch.uint8)
@@ -535,7 +537,7 @@ def prepare(
     over = f" over {scale:g}" if scale != 1 else ""
     found = f"{len(values)} rows of {values.shape[1]}, {original} from {low:g} to {high:g}"
     note = f"{name}: {found}, taken as {_TAKEN[kind]}{over}"
-    return Prepared(values.contiguous(), kind, float(scale), note)
+    return Prepared(values.contiguous(), kind, float(scale), note, probabilities)
 
 
 def is_stream(data: object) -> bool:
