@@ -21,7 +21,7 @@ from .datasets import Prepared
 from .distributions import posterior_of
 from .engines import AutogradEngine, StepProgram
 from .estimators import BINARISE, NOISE, step_seeds
-from .nn import ACTIVATIONS, MLPDecoder, MLPEncoder
+from .nn import ACTIVATIONS, MLPDecoder, MLPEncoder, shares_memory
 from .optim import Adagrad
 
 # Of one run, in which nobody looks at Ctrl-C, on a CPU: about a second
@@ -69,14 +69,14 @@ def why_not(program: StepProgram, precision: str = "exact") -> str | None:
         return f"the posterior is {posterior_of(model).name}, not gaussian"
     if hooked := _hooked(model, optimizer):
         return hooked
-    if any(type(layer) is not nn.Linear for layer in _heads(model)):
+    if any(type(model.get_submodule(name)) is not nn.Linear for name in _layers(model)):
         return "the last layers of the encoder or the decoder are modules of your own"
     if [name for name, _ in model.named_parameters()] != _names(model):
         return "the model has parameters of its own"
     for name, p in model.named_parameters():
         if p.dtype != torch.float32 or not p.requires_grad or not p.is_contiguous():
             return f"{name} is not a contiguous float32 tensor that is trained"
-    if len({p.data_ptr() for p in model.parameters()}) < len(list(model.parameters())):
+    if shares_memory(model):
         return "parameters share their memory"
     return _why_not_optimizer(optimizer, list(model.parameters()))
 
@@ -123,12 +123,6 @@ def _hooked(model: Any, optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
-def _heads(model: Any) -> list[nn.Module]:
-    """The layers without an activation."""
-    decoder = ("logits",) if model.likelihood == "bernoulli" else ("mean", "logvar")
-    return [model.encoder.mu, model.encoder.logvar, *(getattr(model.decoder, name) for name in decoder)]
-
-
 def _wants_persistent() -> bool:
     """Whether steps are to be taken by one kernel that stays on the GPU, where it can take them."""
     return os.environ.get(PERSISTENT) == "1"
@@ -140,12 +134,16 @@ def _is_cuda(device: torch.device) -> bool:
 
 def _names(model: Any) -> list[str]:
     """The parameters of an MLP variational auto-encoder, in the order of csrc/engine/network.h."""
+    return [f"{layer}.{kind}" for layer in _layers(model) for kind in ("weight", "bias")]
+
+
+def _layers(model: Any) -> list[str]:
+    """Its layers, in that order."""
     decoder = ("logits",) if model.likelihood == "bernoulli" else ("mean", "logvar")
     layers = [f"encoder.hidden.{2 * i}" for i in range(len(model.encoder.hidden) // 2)]
     layers += ["encoder.mu", "encoder.logvar"]
     layers += [f"decoder.hidden.{2 * i}" for i in range(len(model.decoder.hidden) // 2)]
-    layers += [f"decoder.{name}" for name in decoder]
-    return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    return [*layers, *(f"decoder.{name}" for name in decoder)]
 
 
 def _activation(model: Any) -> str | None:

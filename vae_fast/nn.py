@@ -292,9 +292,7 @@ class VAE(nn.Module):
             made = VAE.from_config({**self.config, "init": "torch"})
         halves = (self.encoder, self.decoder), (made.encoder, made.decoder)
         ours, theirs = ([_described(half) for half in each] for each in halves)
-        parameters = [p for half in halves[0] for p in half.parameters()]
-        shared = len({p.data_ptr() for p in parameters}) < len(parameters)
-        same = ours == theirs and not shared and self.posterior is made.posterior
+        same = ours == theirs and not shares_memory(self) and self.posterior is made.posterior
         return self.config if same and self.likelihood == made.likelihood else None
 
     @classmethod
@@ -363,6 +361,12 @@ class VAE(nn.Module):
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[x|z] at the posterior mean z = E_q[z], mu(x) of a Gaussian; ``[..., D]`` to ``[..., D]``."""
         return self.decode_mean(self.posterior.mean(*self.encoder(x)))
+
+
+def shares_memory(model: nn.Module) -> bool:
+    """Whether two of a model's parameters begin at the same place in memory."""
+    parameters = list(model.parameters())
+    return len({p.data_ptr() for p in parameters}) < len(parameters)
 
 
 def _described(half: nn.Module) -> tuple[Any, ...]:
