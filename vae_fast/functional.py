@@ -278,7 +278,7 @@ def philox_normal(
         ValueError: a seed tensor has more than one element, or is on another device.
     """
     device = torch.device(device)
-    if isinstance(seed, Tensor) and seed.device.type != device.type:
+    if isinstance(seed, Tensor) and device not in (seed.device, torch.device(seed.device.type)):
         raise ValueError(f"seed: got device {seed.device}, wanted {device}, the device of the noise")
     return cast(Tensor, _ops.philox_normal(shape, _seed_tensor(seed, device, None), dtype))
 

@@ -559,8 +559,8 @@ class Trainer:
         """
         tensors, meta = state["tensors"], state["meta"]
         ours, theirs = _identity(self._description()), _identity(meta)
-        for name in ours.keys() & theirs.keys():
-            if ours[name] != theirs[name]:
+        for name in ours:
+            if name in theirs and ours[name] != theirs[name]:
                 found = f"this trainer has {ours[name]!r}, the saved one {theirs[name]!r}"
                 raise ValueError(f"{name}: {found}; wanted the same")
         try:
