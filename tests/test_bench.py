@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -549,3 +552,40 @@ def test_one_run_alone_claims_no_spread_and_no_run_is_refused(tmp_path: Path) ->
     summary.write([a_run()], tmp_path)
     with pytest.raises(ValueError, match=r"two files latency\.json"):
         summary.read([tmp_path / "run-1", tmp_path / "run-1"])
+
+
+@pytest.mark.parametrize(("stray", "right"), [(0.049, True), (0.051, False), (math.nan, False)])
+def test_a_report_of_the_native_step_is_there_after_every_line(
+    stray: float, right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(native_step, "check", lambda *_, **__: {"exact": stray, "fast": 0.3})
+    monkeypatch.setattr(native_step, "side_by_side", lambda *_: [])
+    seen = []
+
+    def measured(data: Any, hidden: int, batch: int, precision: str, seconds: float, models: int = 1) -> Any:
+        seen.append(json.loads((tmp_path / "step.json").read_text(encoding="utf-8")))
+        what = {"models": models, "hidden": hidden, "batch_size": batch, "precision": precision}
+        return {**what, "us_per_step": 3.0, "least": 2.0, "most": 4.0}
+
+    monkeypatch.setattr(native_step, "measure", measured)
+    report = native_step.Report(tmp_path, "step", [])
+    native_step.report_launches(report, torch.zeros(1), quick=True)
+    assert report.right is right and len(report.facts["steps"]) == 10
+    assert [len(found["steps"]) for found in seen] == list(range(10))
+    assert all(found["right"] is right for found in seen)
+    assert "3.00, 2.00, 4.00" in (tmp_path / "step.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("capability", "right"), [((8, 0), True), ((9, 0), False)])
+def test_a_persistent_kernel_that_is_not_taken_says_why(
+    capability: tuple[int, int], right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    step = SimpleNamespace(why_not_persistent="several models")
+    monkeypatch.setattr(native_step, "make_step", lambda *_, **__: (step, []))
+    report = native_step.Report(tmp_path, "persistent", [])
+    native_step.report_persistent(report, torch.zeros(1), quick=True)
+    assert report.right is right
+    assert "does not take several models" in (tmp_path / "persistent.txt").read_text(encoding="utf-8")
