@@ -161,7 +161,7 @@ def _trained(
     if kind == "iwae" and engine == "native":
         engine = "auto"
     trainer = preset.trainer(seed=seed, device=device, engine=engine)
-    mean = train.values.double().mean(dim=0).div(train.scale).clamp(1e-3, 1 - 1e-3)
+    mean = train.values.mean(dim=0, dtype=torch.float64).div(train.scale).clamp(1e-3, 1 - 1e-3)
     decoder: Any = trainer.model.decoder
     with torch.no_grad():
         decoder.logits.bias.copy_(torch.logit(mean))
