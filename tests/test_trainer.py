@@ -951,6 +951,28 @@ def test_a_checkpoint_that_asks_for_more_memory_than_it_has_is_refused(tmp_path:
         Trainer.load(tmp_path / "run")
 
 
+def adafactor(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(params, lr=1e-2)  # rows and columns of a matrix, a variance of a bias
+
+
+def two_groups(params: Any) -> torch.optim.Optimizer:
+    params = list(params)
+    return torch.optim.Adam([{"params": params[:3], "amsgrad": True}, {"params": params[3:]}], lr=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", [adafactor, two_groups])
+def test_an_optimizer_that_keeps_other_things_of_some_parameters_goes_on(
+    optimizer: Any, tmp_path: Path
+) -> None:
+    straight, halfway = small_trainer(optimizer=optimizer), small_trainer(optimizer=optimizer)
+    fit(straight, max_samples=2600, report_every=1300)
+    fit(halfway, max_samples=1300)
+    halfway.save(tmp_path / "run")
+    resumed = Trainer.load(tmp_path / "run", optimizer=optimizer)
+    fit(resumed, max_samples=1300)
+    assert same(straight, resumed)
+
+
 class Draws(nn.Module):
     """A decoder that draws whenever it is called."""
 

@@ -115,6 +115,7 @@ def _in_one_pass(tensors: Iterable[Tensor], eps: float) -> bool:
 
 
 OPTIMIZERS = ("sgd", "adagrad", "adam", "adamw")
+KINDS = (torch.optim.SGD, Adagrad, torch.optim.Adam, torch.optim.AdamW)  # what they are
 
 
 def make_optimizer(
